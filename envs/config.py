@@ -1,0 +1,47 @@
+"""Rules of the routing MDP that a user may choose."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvConfig:
+    """What is paid, what it costs, and how an action is written.
+
+    Raises:
+        ValueError: If a value is impossible; the message gives name, rule and actual value.
+    """
+
+    quality: Literal["kl", "log_likelihood", "accuracy"] = "kl"
+    """Paid at the last site, against the native rollout of the same tokens: minus KL(native || routed) in nats, or the
+    change in log-likelihood (nats) or in accuracy (0/1) of the true next token."""
+    credit: Literal["token", "sequence"] = "token"
+    """Whether each lane is paid for its own token, or all lanes of a sequence share the mean."""
+    price_low: float = 0.01
+    """Lowest price of native compute, nats; prices are drawn log-uniformly for each sequence and shown to the policy."""
+    price_high: float = 1.0
+    """Highest price; equal to `price_low` for one fixed price."""
+    action: Literal["subset", "count"] = "subset"
+    """`subset`: one bit a unit. `count`: how many units, best gate scores first."""
+    rollouts_per_sequence: int = 1
+    """Copies of every sequence in a vector environment, same tokens and same price."""
+
+    def __post_init__(self) -> None:
+        for name in ("price_low", "price_high"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+        if self.price_high < self.price_low:
+            raise ValueError(f"price_high must be at least price_low={self.price_low}, got {self.price_high}")
+        if self.rollouts_per_sequence < 1:
+            raise ValueError(f"rollouts_per_sequence must be at least 1, got {self.rollouts_per_sequence}")
+        for name, known in (
+            ("quality", ("kl", "log_likelihood", "accuracy")),
+            ("credit", ("token", "sequence")),
+            ("action", ("subset", "count")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

@@ -1,0 +1,43 @@
+"""Reward terms as pure functions."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moe_backbone import token_correct, token_divergence, token_log_likelihood
+
+
+def quality(kind: str, native_logits: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    """What a rollout is worth against the native rollout of the same tokens; 0 for the native rollout itself.
+
+    Args:
+        kind: `kl`: minus KL(native || routed), nats, at most 0 and free of label noise. `log_likelihood`: change of
+            the true next token's log-likelihood, nats. `accuracy`: change of 0/1 accuracy.
+        native_logits: (num_sequences, seq_len, vocab_size), float32.
+        logits: Of the routed rollout, same shape.
+        targets: True next tokens (num_sequences, seq_len), int64.
+
+    Returns:
+        (num_sequences, seq_len), float32.
+    """
+    if kind == "kl":
+        return -token_divergence(native_logits, logits)
+    measure = token_log_likelihood if kind == "log_likelihood" else token_correct
+    return measure(logits, targets) - measure(native_logits, targets)
+
+
+def shared(values: Tensor, credit: str) -> Tensor:
+    """Each token its own value, or the mean of its sequence: same shape (num_sequences, seq_len)."""
+    return values if credit == "token" else values.mean(1, keepdim=True).expand_as(values)
+
+
+def step_reward(price: Tensor, compute: Tensor, quality: Tensor | None) -> Tensor:
+    """`quality - price * compute`; quality is None before the last site.
+
+    Args:
+        price: Nats per native compute (num_lanes,).
+        compute: Fraction of native compute that this step cost (num_lanes,).
+        quality: (num_lanes,) or None.
+    """
+    cost = -price * compute
+    return cost if quality is None else cost + quality

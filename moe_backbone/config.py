@@ -1,0 +1,76 @@
+"""Sizes and rules of the mixture-of-experts transformer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Architecture of the backbone; every field changes the trained weights.
+
+    Raises:
+        ValueError: If a size is impossible; the message gives name, rule and actual value.
+    """
+
+    vocab_size: int = 256
+    """Number of distinct tokens; 256 reads text as bytes."""
+    hidden_size: int = 128
+    """Width of a token's hidden state."""
+    num_layers: int = 4
+    """Transformer layers; each has one attention site and one expert site."""
+    num_heads: int = 8
+    """Attention heads a layer."""
+    num_experts: int = 8
+    """Experts a layer."""
+    top_k: int = 2
+    """Experts a token uses under native routing."""
+    intermediate_size: int = 192
+    """Inner width of one SwiGLU expert."""
+    shared_intermediate_size: int = 0
+    """Inner width of an expert that every token always uses; 0 for none."""
+    head_gate: bool = False
+    """Whether attention heads have a native gate that weights them, as experts do."""
+    mixing: Literal["renormalize", "keep"] = "renormalize"
+    """Weights of chosen experts: gate probabilities renormalised over the subset, or kept as they are."""
+    seq_len: int = 128
+    """Tokens of one sequence in training, rollouts and evaluation."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary position frequencies (arXiv:2104.09864)."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_experts", "intermediate_size"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _require(self.seq_len >= 2, f"seq_len must be at least 2, got {self.seq_len}")
+        _require(
+            1 <= self.top_k <= self.num_experts,
+            f"top_k must lie in [1, num_experts={self.num_experts}], got {self.top_k}",
+        )
+        _require(
+            self.hidden_size % (2 * self.num_heads) == 0,
+            f"hidden_size must be a multiple of 2 * num_heads={2 * self.num_heads}, got {self.hidden_size}",
+        )
+        _require(
+            self.shared_intermediate_size >= 0,
+            f"shared_intermediate_size must be at least 0, got {self.shared_intermediate_size}",
+        )
+        _require(self.rope_theta > 0, f"rope_theta must be positive, got {self.rope_theta}")
+        _require(
+            self.mixing in ("renormalize", "keep"), f"mixing must be 'renormalize' or 'keep', got {self.mixing!r}"
+        )
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def max_units(self) -> int:
+        """Units of the largest site: the width of an action."""
+        return max(self.num_heads, self.num_experts)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

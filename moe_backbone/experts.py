@@ -1,0 +1,67 @@
+"""Expert sublayer: SwiGLU experts, a native gate, an optional shared expert."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_backbone.config import BackboneConfig
+from moe_backbone.kernels import expert_mlp
+
+
+class ExpertLayer(nn.Module):
+    """Weighted sum of the chosen experts of each token."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.mixing = config.mixing
+        depth = (2 * config.num_layers) ** -0.5
+        self.gate = nn.Linear(width, config.num_experts, bias=False)
+        self.gate_up = nn.Parameter(torch.randn(config.num_experts, width, 2 * inner) * width**-0.5)
+        self.down = nn.Parameter(torch.randn(config.num_experts, inner, width) * (depth * inner**-0.5))
+        self.shared: nn.ModuleList | None = None
+        if config.shared_intermediate_size:
+            shared = config.shared_intermediate_size
+            self.shared = nn.ModuleList(
+                (nn.Linear(width, 2 * shared, bias=False), nn.Linear(shared, width, bias=False))
+            )
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Log-softmax of the native gate (num_tokens, num_experts)."""
+        return self.gate(features).log_softmax(1)
+
+    def forward(self, features: Tensor, scores: Tensor, subset: Tensor) -> Tensor:
+        """Update of the residual stream (num_sequences, seq_len, hidden_size).
+
+        Args:
+            features: Normalised input (num_sequences, seq_len, hidden_size).
+            scores: Native gate (num_tokens, num_experts).
+            subset: Chosen experts, bool (num_tokens, num_experts).
+        """
+        weights = mixing_weights(scores, subset, self.mixing)
+        update = expert_mlp(features.flatten(0, 1), weights, subset, self.gate_up, self.down).view_as(features)
+        if self.shared is not None:
+            gate, up = self.shared[0](features).chunk(2, dim=-1)
+            update = update + self.shared[1](F.silu(gate) * up)
+        return update
+
+
+def mixing_weights(scores: Tensor, subset: Tensor, rule: str) -> Tensor:
+    """Weights of the chosen experts.
+
+    Args:
+        scores: Log-softmax gate scores (num_tokens, num_experts).
+        subset: bool, same shape.
+        rule: `renormalize` makes each non-empty row sum to 1; `keep` leaves the gate's probabilities.
+
+    Returns:
+        Same shape as `scores`; zeros where `subset` is False.
+
+    Example: probabilities (.5, .3, .2), experts 0 and 1 chosen: (.625, .375, 0) renormalised, (.5, .3, 0) kept.
+    """
+    if rule == "keep":
+        return scores.exp() * subset
+    # a softmax over the subset, as probabilities may underflow; the lowest number keeps an empty row finite
+    return scores.masked_fill(~subset, torch.finfo(scores.dtype).min).softmax(1) * subset

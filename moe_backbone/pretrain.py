@@ -1,0 +1,262 @@
+"""Text in, trained backbone out; cached by the hash of everything that shapes the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from moe_backbone.config import BackboneConfig
+from moe_backbone.corpus import Corpus, Split
+from moe_backbone.files import write_atomic
+from moe_backbone.quality import token_log_likelihood
+from moe_backbone.sites import NativeRouter, SiteView, best_units
+from moe_backbone.transformer import MoETransformer, balance_loss
+
+logger = logging.getLogger(__name__)
+
+RECIPE_VERSION = 1
+"""Raised when this file trains other weights from the same settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """How the backbone is trained on first use.
+
+    Raises:
+        ValueError: If a value is impossible; the message gives name, rule and actual value.
+    """
+
+    steps: int = 1500
+    """Most optimiser steps; early stopping may end before."""
+    sequences: int = 16
+    """Sequences of a step."""
+    learning_rate: float = 3e-3
+    """Peak of the AdamW learning rate; warmed up, then a cosine to 0."""
+    weight_decay: float = 0.1
+    """AdamW weight decay."""
+    balance_weight: float = 0.01
+    """Weight of the load-balance loss of the native gate."""
+    random_routing: float = 0.0
+    """Last share of training in which tokens use random numbers of experts and sequences random heads; 0 to 1."""
+    native_share: float = 0.5
+    """Share of sequences that keep native routing meanwhile."""
+    eval_every: int = 100
+    """Steps between looks at the validation documents."""
+    patience: int = 4
+    """Looks without improvement before training stops early."""
+    seed: int = 0
+    """Seed of weights, batches and random routing."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "sequences", "eval_every", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("random_routing", "native_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+
+
+class RandomRouting:
+    """Native routing for some sequences; for the rest a random number of experts per token and random heads.
+
+    A random sequence draws the share of heads it keeps from [0, 1], then each of its tokens its own heads at that
+    rate; the number of experts is uniform from 0 to one above the native number, best gate scores first.
+    """
+
+    def __init__(self, native_share: float, generator: torch.Generator) -> None:
+        """Draw from `generator`; `native_share` of the sequences stay native."""
+        self.native_share = native_share
+        self.generator = generator
+
+    def select(self, view: SiteView) -> Tensor:
+        """Choose the units that run: bool (num_tokens, num_units)."""
+        native = NativeRouter().select(view)
+        num_sequences, seq_len = view.tokens.shape
+        if view.index == 0:
+            self._native_rows = self._uniform(view, num_sequences).lt(self.native_share).repeat_interleave(seq_len)
+        if view.site.kind == "heads":
+            rate = self._uniform(view, num_sequences).repeat_interleave(seq_len).unsqueeze(1)
+            chosen = self._uniform(view, *view.scores.shape) < rate
+        else:
+            most = min(view.site.native_units + 1, view.site.num_units)
+            chosen = best_units(view.scores, (self._uniform(view, len(view.scores)) * (most + 1)).long())
+        return torch.where(self._native_rows.unsqueeze(1), native, chosen)
+
+    def _uniform(self, view: SiteView, *shape: int) -> Tensor:
+        """Drawn on the generator's device: the same numbers wherever the backbone runs."""
+        return torch.rand(*shape, generator=self.generator).to(view.scores.device)
+
+
+class _Recorder:
+    """Remembers the gates of expert sites for the balance loss."""
+
+    def __init__(self, router: NativeRouter | RandomRouting) -> None:
+        self.router = router
+        self.scores: list[Tensor] = []
+        self.subsets: list[Tensor] = []
+
+    def select(self, view: SiteView) -> Tensor:
+        subset = self.router.select(view)
+        if view.site.kind == "experts":
+            self.scores.append(view.scores)
+            self.subsets.append(subset)
+        return subset
+
+
+def cache_folder() -> Path:
+    """Where trained backbones are kept: $ROUTEGYM_CACHE, else the user's cache folder."""
+    if "ROUTEGYM_CACHE" in os.environ:
+        return Path(os.environ["ROUTEGYM_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "routegym"
+
+
+def backbone_key(corpus: Corpus, config: BackboneConfig, pretrain: PretrainConfig) -> str:
+    """Hash of everything that shapes the weights."""
+    content = [RECIPE_VERSION, corpus.sha256, asdict(config), asdict(pretrain)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_or_train(
+    corpus: Corpus, config: BackboneConfig, pretrain: PretrainConfig, *, device: str = "cpu"
+) -> MoETransformer:
+    """The trained backbone, from the cache if it was trained before.
+
+    An interrupted training goes on from its last look at the validation documents.
+
+    Returns:
+        The backbone in evaluation mode, frozen, on `device`.
+    """
+    path = cache_folder() / f"backbone-{backbone_key(corpus, config, pretrain)}.safetensors"
+    backbone = MoETransformer(config)
+    if path.exists():
+        logger.info("backbone: %s", path)
+        backbone.load_state_dict(load_file(path))
+    else:
+        logger.info("backbone: training once, then kept at %s", path)
+        backbone = Pretraining(corpus, config, pretrain, device, path.with_suffix(".partial")).run()
+        write_atomic(path, lambda temporary: save_file(backbone.cpu().state_dict(), temporary))
+        path.with_suffix(".partial").unlink(missing_ok=True)
+    return backbone.requires_grad_(False).eval().to(device)
+
+
+class Pretraining:
+    """One training run of a backbone."""
+
+    def __init__(
+        self, corpus: Corpus, config: BackboneConfig, pretrain: PretrainConfig, device: str, partial: Path
+    ) -> None:
+        """Seeded weights, or those of an interrupted run if `partial` exists."""
+        torch.manual_seed(pretrain.seed)
+        self.corpus, self.config, self.pretrain, self.device, self.partial = corpus, config, pretrain, device, partial
+        self.backbone = MoETransformer(config).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.backbone.parameters(), lr=pretrain.learning_rate, betas=(0.9, 0.95), weight_decay=pretrain.weight_decay
+        )
+        self.batches = np.random.default_rng(pretrain.seed)
+        self.noise = torch.Generator().manual_seed(pretrain.seed)
+        self.step, self.best_loss, self.best_step = 0, math.inf, 0
+        self.best_weights = self._weights()
+        if partial.exists():
+            self._restore()
+
+    def run(self, report: Callable[[int, float], None] | None = None) -> MoETransformer:
+        """Train to the end or until the validation loss stops falling; keep the best weights seen.
+
+        Args:
+            report: Called with the step and the validation loss in nats a token at every look.
+        """
+        total = self.pretrain.steps
+        with tqdm(total=total, initial=self.step, desc="pretraining", unit="step", dynamic_ncols=True) as bar:
+            while self.step < total and self._looks_without_gain() < self.pretrain.patience:
+                self._train_step()
+                bar.update()
+                if self.step % self.pretrain.eval_every == 0 or self.step == total:
+                    loss = self._look()
+                    bar.set_postfix(validation_loss=f"{loss:.4f}")
+                    if report is not None:
+                        report(self.step, loss)
+        self.backbone.load_state_dict(self.best_weights)
+        return self.backbone
+
+    def _train_step(self) -> None:
+        settings = self.pretrain
+        tokens, targets = self.corpus.train.sample(settings.sequences, self.config.seq_len, self.batches)
+        tokens, targets = tokens.to(self.device), targets.to(self.device)
+        random = self.step >= settings.steps * (1 - settings.random_routing)
+        router = _Recorder(RandomRouting(settings.native_share, self.noise) if random else NativeRouter())
+        logits, _ = self.backbone.run(tokens, router)
+        loss = -token_log_likelihood(logits, targets).mean()
+        loss = loss + settings.balance_weight * balance_loss(router.scores, router.subsets)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * learning_rate_factor(self.step, settings.steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+
+    def _look(self) -> float:
+        loss = native_loss(self.backbone, self.corpus.validation, max_tokens=16_384, device=self.device)
+        if not math.isfinite(loss):
+            raise ValueError(f"validation loss must be finite, got {loss} at step {self.step}: lower learning_rate")
+        if loss < self.best_loss:
+            self.best_loss, self.best_step, self.best_weights = loss, self.step, self._weights()
+        write_atomic(self.partial, self._save)
+        return loss
+
+    def _looks_without_gain(self) -> int:
+        return (self.step - self.best_step) // self.pretrain.eval_every
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: weight.detach().clone() for name, weight in self.backbone.state_dict().items()}
+
+    def _save(self, path: Path) -> None:
+        state = {name: getattr(self, name) for name in ("step", "best_loss", "best_step", "best_weights")}
+        generators = {"batches": json.dumps(self.batches.bit_generator.state), "noise": self.noise.get_state()}
+        torch.save(state | generators | {"weights": self._weights(), "optimizer": self.optimizer.state_dict()}, path)
+
+    def _restore(self) -> None:
+        state = torch.load(self.partial, map_location=self.device, weights_only=True)
+        for name in ("step", "best_loss", "best_step", "best_weights"):
+            setattr(self, name, state[name])
+        self.backbone.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.batches.bit_generator.state = json.loads(state["batches"])
+        self.noise.set_state(state["noise"].cpu())
+        logger.info("backbone: going on at step %d of an interrupted training", self.step)
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Share of the peak learning rate: linear warm-up over 4 % of the steps, then a cosine to 0.
+
+    Example: 100 steps give .25 at step 0, 1 at step 4 and .5 at step 52.
+    """
+    warmup = max(1, steps // 25)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@torch.no_grad()
+def native_loss(backbone: MoETransformer, split: Split, *, max_tokens: int, device: str) -> float:
+    """Mean loss under native routing, nats a token."""
+    tokens, targets, _ = split.windows(backbone.config.seq_len, max_tokens)
+    losses = []
+    for start in range(0, len(tokens), 32):
+        logits = backbone(tokens[start : start + 32].to(device))
+        losses.append(-token_log_likelihood(logits, targets[start : start + 32].to(device)))
+    return torch.cat(losses).mean().item()

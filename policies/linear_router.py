@@ -1,0 +1,159 @@
+"""The learned router: one linear map a site, on top of a heuristic prior, with the price as an input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_backbone.sites import RoutingSite, SiteView
+
+SCORE_FLOOR = -6.0
+"""Gate log-probabilities below this look alike to the router, nats."""
+IGNORED_LOGIT = -1e4
+"""Logit of a unit that the site does not have: never chosen, no gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSpec:
+    """Everything but the weights of a `LinearRouter`.
+
+    Attributes:
+        hidden_size: Width of token features.
+        sites: The sites it routes, in running order.
+        price_low: Lowest price seen in training, nats per native compute.
+        price_high: Highest.
+        head_prior: Logit of every head before training.
+        expert_slope: Prior logit of an expert is `expert_slope * (log p - log expert_threshold)` for gate probability p,
+        expert_threshold: ... where this probability gets logit 0,
+        expert_clamp: ... within plus and minus this.
+    """
+
+    hidden_size: int
+    sites: tuple[RoutingSite, ...]
+    price_low: float = 0.01
+    price_high: float = 1.0
+    head_prior: float = 3.0
+    expert_slope: float = 3.0
+    expert_threshold: float = 0.2
+    expert_clamp: float = 4.0
+
+    @property
+    def max_units(self) -> int:
+        """Units of the largest site."""
+        return max(site.num_units for site in self.sites)
+
+    @property
+    def num_inputs(self) -> int:
+        """Inputs of one linear map: features, scores and a constant."""
+        return self.hidden_size + self.max_units + 1
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary that `from_json` reads back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> RouterSpec:
+        """Inverse of `to_json`."""
+        return cls(**{**data, "sites": tuple(RoutingSite(**site) for site in data["sites"])})
+
+
+class LinearRouter(nn.Module):
+    """Chooses a unit where its logit is positive.
+
+    logit = prior(gate) + (weight[site] + centred_log_price * price_weight[site]) applied to (features, scores, 1).
+    Weights start at zero, so an untrained router follows the prior. The price folds into the weights before a run,
+    so each site costs one product of width `num_inputs`.
+
+    Args:
+        spec: Sizes, sites and prior.
+
+    Attributes:
+        weight: (num_sites, num_inputs, max_units).
+        price_weight: Same shape.
+    """
+
+    def __init__(self, spec: RouterSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        shape = (len(spec.sites), spec.num_inputs, spec.max_units)
+        self.weight = nn.Parameter(torch.zeros(shape))
+        self.price_weight = nn.Parameter(torch.zeros(shape))
+        has_unit = torch.zeros(len(spec.sites), 1, spec.max_units, dtype=torch.bool)
+        for index, site in enumerate(spec.sites):
+            has_unit[index, 0, : site.num_units] = True
+        self.register_buffer("has_unit", has_unit, persistent=False)
+        self.has_unit: Tensor
+
+    @property
+    def overhead_flops(self) -> int:
+        """FLOPs of the router for one token over all sites, price folded."""
+        return 2 * self.spec.num_inputs * sum(site.num_units for site in self.spec.sites)
+
+    def centred_log_price(self, log_price: Tensor) -> Tensor:
+        """Log price mapped so that the training range becomes [-1, 1]; 0 everywhere for one fixed price."""
+        low, high = torch.tensor([self.spec.price_low, self.spec.price_high]).log().tolist()
+        return (log_price - (low + high) / 2) / max((high - low) / 2, 1.0)
+
+    def inputs(self, features: Tensor, scores: Tensor) -> Tensor:
+        """Features, clamped scores (padded to `max_units`) and a constant, side by side (..., num_inputs)."""
+        return torch.cat((features, scores.clamp_min(SCORE_FLOOR), torch.ones_like(scores[..., :1])), dim=-1)
+
+    def prior(self, site: RoutingSite, scores: Tensor) -> Tensor:
+        """Logits before training, same shape as `scores` (..., max_units)."""
+        spec = self.spec
+        if site.kind == "heads":
+            return torch.full_like(scores, spec.head_prior)
+        threshold = torch.tensor(spec.expert_threshold).log().item()
+        return (spec.expert_slope * (scores - threshold)).clamp(-spec.expert_clamp, spec.expert_clamp)
+
+    def site_logits(self, features: Tensor, scores: Tensor, log_price: Tensor) -> Tensor:
+        """Logits of the same lanes at every site, in one batched product.
+
+        Args:
+            features: (num_sites, num_lanes, hidden_size), float32.
+            scores: (num_sites, num_lanes, max_units), float32, nats.
+            log_price: (num_sites, num_lanes, 1), float32.
+
+        Returns:
+            (num_sites, num_lanes, max_units); `IGNORED_LOGIT` where the site has no such unit.
+        """
+        inputs = self.inputs(features, scores)
+        inputs = torch.cat((inputs, inputs * self.centred_log_price(log_price)), dim=-1)
+        prior = torch.stack([self.prior(site, scores[i]) for i, site in enumerate(self.spec.sites)])
+        logits = torch.bmm(inputs, torch.cat((self.weight, self.price_weight), dim=1)) + prior
+        return logits.masked_fill(~self.has_unit, IGNORED_LOGIT)
+
+    def one_site_logits(self, index: int, features: Tensor, scores: Tensor, log_price: Tensor) -> Tensor:
+        """Logits at one site (num_tokens, max_units); arguments as rows of `site_logits`, log_price (num_tokens, 1)."""
+        inputs = self.inputs(features, scores)
+        centred = self.centred_log_price(log_price)
+        prior = self.prior(self.spec.sites[index], scores)
+        logits = inputs @ self.weight[index] + (inputs @ self.price_weight[index]) * centred + prior
+        return logits.masked_fill(~self.has_unit[index], IGNORED_LOGIT)
+
+    @torch.no_grad()
+    def select(self, view: SiteView) -> Tensor:
+        """Choose the units that run: bool (num_tokens, num_units)."""
+        scores = nn.functional.pad(view.scores, (0, self.spec.max_units - view.site.num_units))
+        logits = self.one_site_logits(view.index, view.features, scores, view.price.log().unsqueeze(1))
+        return logits[:, : view.site.num_units] > 0
+
+
+def check_sites(spec: RouterSpec, sites: Sequence[RoutingSite], hidden_size: int) -> None:
+    """Refuse a router that was made for another backbone.
+
+    Raises:
+        ValueError: If sites or width differ.
+    """
+    if spec.hidden_size != hidden_size:
+        raise ValueError(f"router must fit the backbone's hidden_size={hidden_size}, got {spec.hidden_size}")
+    if tuple(sites) != spec.sites:
+        raise ValueError(
+            f"router must fit the backbone's {len(sites)} sites of "
+            f"{sorted({site.num_units for site in sites})} units, got {len(spec.sites)} sites of "
+            f"{sorted({site.num_units for site in spec.sites})} units with other kinds, sizes or costs"
+        )

@@ -1,0 +1,224 @@
+"""SB3's PPO with leave-one-out advantages over groups of rollouts of the same tokens."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+from torch.nn import functional as F
+
+from policies.router_policy import RouterPolicy
+
+
+class _Step(Protocol):
+    observation: Tensor
+    reward: Tensor
+
+
+class RoutingPPO(PPO):
+    """PPO (arXiv:1707.06347) whose advantage compares rollouts of the same tokens.
+
+    With `advantage="leave_one_out"` an update runs whole episodes of the environment's groups. The advantage of a
+    lane at a site is its return to go minus the mean of the other rollouts of the same token (arXiv:1803.08475); no
+    critic is trained and gamma is 1. Tensors stay where the environment has them. With `advantage="gae"` everything
+    is SB3's own.
+
+    Args:
+        policy: `RouterPolicy`, or for `gae` any SB3 policy.
+        env: `RoutingVecEnv`; for `leave_one_out` with at least two rollouts a sequence.
+        advantage: See above.
+        batch_size: Transitions of a minibatch; whole lanes with all their sites.
+        **kwargs: SB3's arguments of PPO. Defaults that differ: n_steps = sites of the environment, n_epochs 3,
+            gamma 1, gae_lambda 1 and vf_coef 0 for `leave_one_out`.
+
+    Raises:
+        ValueError: If policy or environment do not fit the advantage.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {**PPO.policy_aliases, "RouterPolicy": RouterPolicy}
+
+    def __init__(
+        self,
+        policy: str | type[RouterPolicy] = "RouterPolicy",
+        env: VecEnv | None = None,
+        *,
+        advantage: Literal["leave_one_out", "gae"] = "leave_one_out",
+        batch_size: int = 4096,
+        _init_setup_model: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if advantage not in ("leave_one_out", "gae"):
+            raise ValueError(f"advantage must be 'leave_one_out' or 'gae', got {advantage!r}")
+        self.advantage = advantage
+        if env is not None and hasattr(env, "num_sites"):
+            kwargs.setdefault("n_steps", env.num_sites)
+        if advantage == "leave_one_out":
+            kwargs = {"n_epochs": 3, "gamma": 1.0, "gae_lambda": 1.0, "vf_coef": 0.0} | kwargs
+        super().__init__(policy, env, batch_size=batch_size, _init_setup_model=_init_setup_model, **kwargs)  # type: ignore[arg-type]
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        if self.advantage == "leave_one_out":
+            self._check_groups()
+
+    def _check_groups(self) -> None:
+        copies = self._copies()
+        if copies < 2:
+            raise ValueError(f"rollouts_per_sequence must be at least 2 for leave_one_out, got {copies}")
+        if not isinstance(self.policy, RouterPolicy):
+            raise ValueError(f"policy must be RouterPolicy for leave_one_out, got {type(self.policy).__name__}")
+        if self.gamma != 1.0:
+            raise ValueError(f"gamma must be 1 for leave_one_out, got {self.gamma}")
+
+    def _copies(self) -> int:
+        mdp = getattr(self.env, "mdp", None)
+        return 1 if mdp is None else mdp.config.rollouts_per_sequence
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_episode"]
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        """Run one episode of every lane; False if a callback asks to stop."""
+        if self.advantage == "gae":
+            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        assert isinstance(self.policy, RouterPolicy)
+        self.policy.set_training_mode(False)
+        callback.on_rollout_start()
+        observation = env.reset_tensor()  # type: ignore[attr-defined]
+        observations, actions, log_probs, rewards = [], [], [], []
+        for site in range(env.num_sites):  # type: ignore[attr-defined]
+            with torch.no_grad():
+                logits = self.policy.step_logits(observation, site)
+                action = torch.rand_like(logits) < logits.sigmoid()
+                log_probs.append(bits_log_prob(logits, action))
+            step: _Step = env.step_tensor(action)  # type: ignore[attr-defined]
+            observations.append(observation)
+            actions.append(action)
+            rewards.append(step.reward)
+            observation = step.observation
+            self.num_timesteps += env.num_envs
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+        reward = torch.stack(rewards)
+        seq_len = env.num_envs // (env.mdp.num_sequences * self._copies())  # type: ignore[attr-defined]
+        advantages = leave_one_out(reward, self._copies(), seq_len)
+        self._episode = (torch.stack(observations), torch.stack(actions), torch.stack(log_probs), advantages)
+        self._log_episode(reward, advantages)
+        callback.on_rollout_end()
+        return True
+
+    def _log_episode(self, reward: Tensor, advantages: Tensor) -> None:
+        episode_return = reward.sum(0)
+        assert self.ep_info_buffer is not None
+        self.ep_info_buffer.append({"r": episode_return.mean().item(), "l": len(reward), "t": 0.0})
+        explained = 1 - advantages[0].var() / episode_return.var().clamp_min(1e-12)
+        self.logger.record("train/explained_variance", explained.item())
+        self.logger.record("train/advantage_std", advantages.std().item())
+
+    def train(self) -> None:
+        """Update the policy on the episode collected last, with SB3's clipped objective."""
+        if self.advantage == "gae":
+            return super().train()
+        assert isinstance(self.policy, RouterPolicy)
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        observations, actions, old_log_probs, advantages = self._episode
+        num_sites, num_lanes = actions.shape[:2]
+        lanes = min(num_lanes, max(1, self.batch_size // num_sites))
+        before = self._decisions(observations)
+        stats: list[Tensor] = []
+        for _ in range(self.n_epochs):
+            for rows in torch.randperm(num_lanes, device=observations.device).split(lanes):
+                loss, numbers = self._loss(
+                    self.policy.episode_logits(observations[:, rows]),
+                    actions[:, rows],
+                    old_log_probs[:, rows],
+                    advantages[:, rows],
+                )
+                if self.target_kl is not None and numbers[0] > 1.5 * self.target_kl:
+                    break
+                stats.append(torch.stack((*numbers, loss.detach(), self._descend(loss))))
+            else:
+                self._n_updates += 1
+                continue
+            break
+        flips = (before != self._decisions(observations)).float().mean()
+        self._log_update(torch.stack(stats).mean(0) if stats else torch.zeros(5), flips)
+        return None
+
+    def _loss(
+        self, logits: Tensor, actions: Tensor, old_log_prob: Tensor, advantages: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Clipped surrogate minus entropy bonus; KL estimate, clip fraction and entropy beside it."""
+        if self.normalize_advantage:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        clip = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
+        log_ratio = bits_log_prob(logits, actions) - old_log_prob
+        ratio = log_ratio.exp()
+        surrogate = torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip)).mean()
+        entropy = bits_entropy(logits).mean()
+        with torch.no_grad():
+            divergence = (ratio - 1 - log_ratio).mean()
+            clipped = ((ratio - 1).abs() > clip).float().mean()
+        return -surrogate - self.ent_coef * entropy, (divergence, clipped, entropy.detach())
+
+    def _descend(self, loss: Tensor) -> Tensor:
+        """One optimiser step; the gradient's norm before clipping."""
+        self.policy.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.router.parameters(), self.max_grad_norm)
+        self.policy.optimizer.step()
+        return norm
+
+    @torch.no_grad()
+    def _decisions(self, observations: Tensor) -> Tensor:
+        assert isinstance(self.policy, RouterPolicy)
+        return self.policy.episode_logits(observations) > 0
+
+    def _log_update(self, stats: Tensor, flips: Tensor) -> None:
+        names = ("approx_kl", "clip_fraction", "entropy", "loss", "gradient_norm")
+        for name, value in zip(names, stats.tolist(), strict=True):
+            self.logger.record(f"train/{name}", value)
+        self.logger.record("train/entropy_loss", -stats[2].item())
+        self.logger.record("train/flip_rate", flips.item())
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+
+def leave_one_out(rewards: Tensor, copies: int, seq_len: int) -> Tensor:
+    """Return to go of each lane minus the mean of the other rollouts of the same token.
+
+    Args:
+        rewards: (num_sites, num_lanes), float32; lanes are ordered sequence, copy, token.
+        copies: Rollouts of each sequence, at least 2.
+        seq_len: Tokens of a sequence.
+
+    Returns:
+        Advantages, same shape.
+
+    Example: two copies of one token at one site with rewards 1 and 3 get -2 and 2.
+    Source: arXiv:1803.08475; the baseline does not depend on the lane's own actions, so the gradient is unbiased.
+    """
+    returns = rewards.flip(0).cumsum(0).flip(0)
+    grouped = returns.unflatten(1, (-1, copies, seq_len))
+    others = (grouped.sum(2, keepdim=True) - grouped) / (copies - 1)
+    return (grouped - others).flatten(1)
+
+
+def bits_log_prob(logits: Tensor, bits: Tensor) -> Tensor:
+    """Log-probability of independent bits, summed over the last dimension; bits is bool of the same shape."""
+    return -F.softplus(torch.where(bits, -logits, logits)).sum(-1)
+
+
+def bits_entropy(logits: Tensor) -> Tensor:
+    """Entropy of independent bits in nats, summed over the last dimension."""
+    return (F.softplus(logits) - logits * logits.sigmoid()).sum(-1)
+
