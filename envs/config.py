@@ -21,7 +21,7 @@ class EnvConfig:
     credit: Literal["token", "sequence"] = "token"
     """Whether each lane is paid for its own token, or all lanes of a sequence share the mean."""
     price_low: float = 0.01
-    """Lowest price of native compute, nats; prices are drawn log-uniformly for each sequence and shown to the policy."""
+    """Lowest price of native compute, nats; drawn log-uniformly for each sequence and shown to the policy."""
     price_high: float = 1.0
     """Highest price; equal to `price_low` for one fixed price."""
     action: Literal["subset", "count"] = "subset"

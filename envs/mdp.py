@@ -80,6 +80,7 @@ class RoutingMDP:
         num_lanes: `num_sequences * rollouts_per_sequence * seq_len`.
         subsets: What ran at each site of the current episode, bool (num_lanes, num_units).
         logits: Of the episode that ended last (num_sequences, seq_len, vocab_size).
+        quality: What that episode was paid at its end (num_lanes,), float32.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class RoutingMDP:
         self.num_lanes = num_sequences * config.rollouts_per_sequence * source.seq_len
         self.subsets: list[Tensor] = []
         self.logits: Tensor | None = None
+        self.quality: Tensor | None = None
 
     @property
     def observation_space(self) -> spaces.Box:
@@ -189,7 +191,7 @@ class RoutingMDP:
         self.subsets.append(subset)
         terminated = index + 1 == len(self.backbone.sites)
         if terminated:
-            gained = self._quality()
+            gained = self.quality = self._quality()
             reward = step_reward(price, cost, gained)
             observation = self.layout.pack_terminal(self.state.features.flatten(0, 1), price)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -39,7 +39,7 @@ class RoutingEnv(gym.Env[np.ndarray, Any]):
         ValueError: If the rules do not fit decoding.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 4}
+    metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 4}
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class RoutingEnv(gym.Env[np.ndarray, Any]):
         info = step_info(step, self.mdp.batch.price)
         return {name: value[0] for name, value in info.items()} | {"site": len(self.mdp.subsets)}
 
-    def render(self) -> str | None:  # type: ignore[override]
+    def render(self) -> str | None:
         """Draw the units that ran for this token: `#` on, `.` off, one line a site."""
         if self.render_mode is None:
             return None

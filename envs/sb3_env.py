@@ -67,7 +67,7 @@ class RoutingVecEnv(VecEnv):
         self._returns = self._returns + step.reward
         return step
 
-    def reset(self) -> np.ndarray:  # type: ignore[override]
+    def reset(self) -> np.ndarray:
         """Draw new sequences: observations (num_envs, size), float32."""
         if self._seeds[0] is not None:
             self.generator = np.random.default_rng(self._seeds[0])
@@ -79,7 +79,7 @@ class RoutingVecEnv(VecEnv):
         """Keep the actions for `step_wait`."""
         self._actions = action_tensor(actions, self.action_space, self.num_envs, self.mdp.device)
 
-    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:  # type: ignore[override]
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         """Run the current site; after the last one all lanes start again in the same step."""
         step = self.step_tensor(self._actions)
         infos = self._infos(step)

@@ -56,9 +56,7 @@ class BackboneConfig:
             f"shared_intermediate_size must be at least 0, got {self.shared_intermediate_size}",
         )
         _require(self.rope_theta > 0, f"rope_theta must be positive, got {self.rope_theta}")
-        _require(
-            self.mixing in ("renormalize", "keep"), f"mixing must be 'renormalize' or 'keep', got {self.mixing!r}"
-        )
+        _require(self.mixing in ("renormalize", "keep"), f"mixing must be 'renormalize' or 'keep', got {self.mixing!r}")
 
     @property
     def head_size(self) -> int:

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 RECIPE_VERSION = 1
 """Raised when this file trains other weights from the same settings."""
+LEAST_HEADS = 0.4
+"""Smallest share of heads that random routing keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +75,9 @@ class PretrainConfig:
 class RandomRouting:
     """Native routing for some sequences; for the rest a random number of experts per token and random heads.
 
-    A random sequence draws the share of heads it keeps from [0, 1], then each of its tokens its own heads at that
-    rate; the number of experts is uniform from 0 to one above the native number, best gate scores first.
+    A random sequence draws at each head site the share of heads it keeps, uniform from `LEAST_HEADS` to 1, then each
+    of its tokens its own heads at that rate. The number of experts is uniform from 0 to the native number for each
+    token and site, best gate scores first.
     """
 
     def __init__(self, native_share: float, generator: torch.Generator) -> None:

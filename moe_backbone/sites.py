@@ -62,7 +62,19 @@ class Router(Protocol):
 class Backbone(Protocol):
     """Everything that computes."""
 
-    sites: Sequence[RoutingSite]
+    @property
+    def sites(self) -> Sequence[RoutingSite]:
+        """Routed sites in running order."""
+        ...
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a token's features."""
+        ...
+
+    def sha256(self) -> str:
+        """Hash of sizes and weights: what a router is tied to."""
+        ...
 
     def begin(self, tokens: Tensor, price: Tensor | None = None, cache: Any | None = None) -> Any:
         """Embed tokens (num_sequences, seq_len), int64, and stand before the first site."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,7 +14,7 @@ from moe_backbone.compute import transformer_sites
 from moe_backbone.config import BackboneConfig
 from moe_backbone.experts import ExpertLayer
 from moe_backbone.kernels import HeadBackend
-from moe_backbone.sites import NativeRouter, Router, SiteView
+from moe_backbone.sites import NativeRouter, Router, RoutingSite, SiteView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class MoETransformer(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
-        self.sites = transformer_sites(config)
+        self.sites: tuple[RoutingSite, ...] = transformer_sites(config)
         self.head_backend: HeadBackend = "reference"
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.norms = nn.ModuleList(nn.RMSNorm(config.hidden_size, eps=1e-6) for _ in range(2 * config.num_layers + 1))
@@ -70,9 +71,7 @@ class MoETransformer(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.5)
         nn.init.normal_(self.output_head.weight, std=config.hidden_size**-0.5)
 
-    def begin(
-        self, tokens: Tensor, price: Tensor | None = None, cache: KeyValueCache | None = None
-    ) -> RoutingState:
+    def begin(self, tokens: Tensor, price: Tensor | None = None, cache: KeyValueCache | None = None) -> RoutingState:
         """Embed tokens and stand before the first site.
 
         Args:
@@ -182,9 +181,22 @@ class MoETransformer(nn.Module):
         return self.run(tokens, NativeRouter())[0]
 
     @property
+    def hidden_size(self) -> int:
+        """Width of a token's features."""
+        return self.config.hidden_size
+
+    @property
     def num_parameters(self) -> int:
         """Trained numbers."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def sha256(self) -> str:
+        """Hash of sizes and weights: what a router is tied to."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for name, weight in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def balance_loss(scores: Sequence[Tensor], subsets: Sequence[Tensor]) -> Tensor:

@@ -27,9 +27,9 @@ class RouterSpec:
         price_low: Lowest price seen in training, nats per native compute.
         price_high: Highest.
         head_prior: Logit of every head before training.
-        expert_slope: Prior logit of an expert is `expert_slope * (log p - log expert_threshold)` for gate probability p,
-        expert_threshold: ... where this probability gets logit 0,
-        expert_clamp: ... within plus and minus this.
+        expert_slope: Prior logit of an expert with gate probability p is this times (log p - log expert_threshold).
+        expert_threshold: Gate probability whose prior logit is 0.
+        expert_clamp: Largest absolute prior logit of an expert.
     """
 
     hidden_size: int
@@ -110,29 +110,40 @@ class LinearRouter(nn.Module):
         threshold = torch.tensor(spec.expert_threshold).log().item()
         return (spec.expert_slope * (scores - threshold)).clamp(-spec.expert_clamp, spec.expert_clamp)
 
-    def site_logits(self, features: Tensor, scores: Tensor, log_price: Tensor) -> Tensor:
+    def priors(self, scores: Tensor) -> Tensor:
+        """Prior logits of the same lanes at every site, same shape as `scores` (num_sites, num_lanes, max_units)."""
+        return torch.stack([self.prior(site, scores[index]) for index, site in enumerate(self.spec.sites)])
+
+    def site_logits(self, inputs: Tensor, priors: Tensor, log_price: Tensor) -> Tensor:
         """Logits of the same lanes at every site, in one batched product.
 
         Args:
-            features: (num_sites, num_lanes, hidden_size), float32.
-            scores: (num_sites, num_lanes, max_units), float32, nats.
+            inputs: From `inputs` (num_sites, num_lanes, num_inputs), float32.
+            priors: From `priors` (num_sites, num_lanes, max_units), float32.
             log_price: (num_sites, num_lanes, 1), float32.
 
         Returns:
             (num_sites, num_lanes, max_units); `IGNORED_LOGIT` where the site has no such unit.
         """
-        inputs = self.inputs(features, scores)
-        inputs = torch.cat((inputs, inputs * self.centred_log_price(log_price)), dim=-1)
-        prior = torch.stack([self.prior(site, scores[i]) for i, site in enumerate(self.spec.sites)])
-        logits = torch.bmm(inputs, torch.cat((self.weight, self.price_weight), dim=1)) + prior
+        plain, priced = torch.bmm(inputs, torch.cat((self.weight, self.price_weight), dim=2)).chunk(2, dim=2)
+        logits = plain + self.centred_log_price(log_price) * priced + priors
         return logits.masked_fill(~self.has_unit, IGNORED_LOGIT)
 
     def one_site_logits(self, index: int, features: Tensor, scores: Tensor, log_price: Tensor) -> Tensor:
-        """Logits at one site (num_tokens, max_units); arguments as rows of `site_logits`, log_price (num_tokens, 1)."""
+        """Logits at one site.
+
+        Args:
+            index: Place of the site in running order.
+            features: (num_tokens, hidden_size), float32.
+            scores: (num_tokens, max_units), float32, nats.
+            log_price: (num_tokens, 1), float32.
+
+        Returns:
+            (num_tokens, max_units); `IGNORED_LOGIT` where the site has no such unit.
+        """
         inputs = self.inputs(features, scores)
-        centred = self.centred_log_price(log_price)
-        prior = self.prior(self.spec.sites[index], scores)
-        logits = inputs @ self.weight[index] + (inputs @ self.price_weight[index]) * centred + prior
+        priced = self.centred_log_price(log_price) * (inputs @ self.price_weight[index])
+        logits = inputs @ self.weight[index] + priced + self.prior(self.spec.sites[index], scores)
         return logits.masked_fill(~self.has_unit[index], IGNORED_LOGIT)
 
     @torch.no_grad()

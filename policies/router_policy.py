@@ -54,12 +54,12 @@ class RouterPolicy(ActorCriticPolicy):
     def _build(self, lr_schedule: Schedule) -> None:
         spec = RouterSpec.from_json(self.router_spec)
         self.router = LinearRouter(spec)
-        self.value_net = nn.Sequential(
+        self.critic = nn.Sequential(
             nn.Linear(self.features_dim, self.critic_size), nn.Tanh(), nn.Linear(self.critic_size, 1)
         )
-        self.value_net.requires_grad_(self.has_critic)
+        self.critic.requires_grad_(self.has_critic)
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        self.optimizer = self.optimizer_class(trained, lr=lr_schedule(1), **self.optimizer_kwargs)
+        self.optimizer = self.optimizer_class(trained, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -68,22 +68,21 @@ class RouterPolicy(ActorCriticPolicy):
     def split(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features, scores, site one-hot and log price of observations (..., size)."""
         spec = self.router.spec
-        return observation.split((spec.hidden_size, spec.max_units, len(spec.sites), 1), dim=-1)  # type: ignore[return-value]
+        return observation.split((spec.hidden_size, spec.max_units, len(spec.sites), 1), dim=-1)
 
     def logits(self, observation: Tensor) -> Tensor:
         """Logits of lanes that may stand at different sites (num_lanes, max_units).
 
         Every site's map is applied and each lane keeps its own, so nothing is read back from the device.
         """
-        features, scores, site, log_price = self.split(observation)
-        num_sites = len(self.router.spec.sites)
-        repeated = (part.expand(num_sites, *part.shape) for part in (features, scores, log_price))
-        return torch.einsum("snu,ns->nu", self.router.site_logits(*repeated), site)
+        site = self.split(observation)[2]
+        logits = self.router.site_logits(*self.episode_inputs(observation.expand(site.shape[1], *observation.shape)))
+        return torch.einsum("snu,ns->nu", logits, site)
 
-    def episode_logits(self, observation: Tensor) -> Tensor:
-        """Logits of whole episodes: observations (num_sites, num_lanes, size) to (num_sites, num_lanes, max_units)."""
+    def episode_inputs(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Arguments of `LinearRouter.site_logits` for observations (num_sites, num_lanes, size) of whole episodes."""
         features, scores, _, log_price = self.split(observation)
-        return self.router.site_logits(features, scores, log_price)
+        return self.router.inputs(features, scores), self.router.priors(scores), log_price
 
     def step_logits(self, observation: Tensor, index: int) -> Tensor:
         """Logits of lanes that all stand at site `index` (num_lanes, max_units)."""
@@ -112,4 +111,4 @@ class RouterPolicy(ActorCriticPolicy):
     def predict_values(self, obs: PyTorchObs) -> Tensor:
         """Critic's return to go (num_lanes, 1); zeros without a critic."""
         assert isinstance(obs, Tensor)
-        return self.value_net(obs) if self.has_critic else obs.new_zeros(len(obs), 1)
+        return self.critic(obs) if self.has_critic else obs.new_zeros(len(obs), 1)

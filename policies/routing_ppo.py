@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from stable_baselines3 import PPO
@@ -19,6 +19,20 @@ from policies.router_policy import RouterPolicy
 class _Step(Protocol):
     observation: Tensor
     reward: Tensor
+
+
+class Episode(NamedTuple):
+    """Rollouts of one update; every tensor is (num_sites, num_lanes, ...)."""
+
+    inputs: Tensor
+    priors: Tensor
+    log_price: Tensor
+    actions: Tensor
+    """bool (num_sites, num_lanes, max_units)."""
+    log_probs: Tensor
+    """Of the actions when they were taken (num_sites, num_lanes), nats."""
+    advantages: Tensor
+    """(num_sites, num_lanes), nats."""
 
 
 class RoutingPPO(PPO):
@@ -83,6 +97,19 @@ class RoutingPPO(PPO):
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_episode"]
 
+    def keep_generators(self) -> None:
+        """Put the state of all generators into attributes, so that `save` writes them too."""
+        self.generator_states = {
+            "torch": torch.get_rng_state().tolist(),
+            "env": self.env.generator.bit_generator.state if hasattr(self.env, "generator") else None,  # type: ignore[union-attr]
+        }
+
+    def restore_generators(self) -> None:
+        """Go on with the generators where `keep_generators` saw them."""
+        torch.set_rng_state(torch.tensor(self.generator_states["torch"], dtype=torch.uint8))
+        if self.generator_states["env"] is not None:
+            self.env.generator.bit_generator.state = self.generator_states["env"]  # type: ignore[union-attr]
+
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
@@ -111,7 +138,12 @@ class RoutingPPO(PPO):
         reward = torch.stack(rewards)
         seq_len = env.num_envs // (env.mdp.num_sequences * self._copies())  # type: ignore[attr-defined]
         advantages = leave_one_out(reward, self._copies(), seq_len)
-        self._episode = (torch.stack(observations), torch.stack(actions), torch.stack(log_probs), advantages)
+        self._episode = Episode(
+            *self.policy.episode_inputs(torch.stack(observations)),
+            torch.stack(actions),
+            torch.stack(log_probs),
+            advantages,
+        )
         self._log_episode(reward, advantages)
         callback.on_rollout_end()
         return True
@@ -131,19 +163,14 @@ class RoutingPPO(PPO):
         assert isinstance(self.policy, RouterPolicy)
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        observations, actions, old_log_probs, advantages = self._episode
-        num_sites, num_lanes = actions.shape[:2]
+        episode = self._episode
+        num_sites, num_lanes = episode.actions.shape[:2]
         lanes = min(num_lanes, max(1, self.batch_size // num_sites))
-        before = self._decisions(observations)
+        before = self._decisions(episode)
         stats: list[Tensor] = []
         for _ in range(self.n_epochs):
-            for rows in torch.randperm(num_lanes, device=observations.device).split(lanes):
-                loss, numbers = self._loss(
-                    self.policy.episode_logits(observations[:, rows]),
-                    actions[:, rows],
-                    old_log_probs[:, rows],
-                    advantages[:, rows],
-                )
+            for rows in torch.randperm(num_lanes, device=episode.actions.device).split(lanes):
+                loss, numbers = self._loss(Episode(*(part[:, rows] for part in episode)))
                 if self.target_kl is not None and numbers[0] > 1.5 * self.target_kl:
                     break
                 stats.append(torch.stack((*numbers, loss.detach(), self._descend(loss))))
@@ -151,18 +178,19 @@ class RoutingPPO(PPO):
                 self._n_updates += 1
                 continue
             break
-        flips = (before != self._decisions(observations)).float().mean()
+        flips = (before != self._decisions(episode)).float().mean()
         self._log_update(torch.stack(stats).mean(0) if stats else torch.zeros(5), flips)
         return None
 
-    def _loss(
-        self, logits: Tensor, actions: Tensor, old_log_prob: Tensor, advantages: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    def _loss(self, lanes: Episode) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Clipped surrogate minus entropy bonus; KL estimate, clip fraction and entropy beside it."""
+        assert isinstance(self.policy, RouterPolicy)
+        logits = self.policy.router.site_logits(lanes.inputs, lanes.priors, lanes.log_price)
+        advantages = lanes.advantages
         if self.normalize_advantage:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         clip = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
-        log_ratio = bits_log_prob(logits, actions) - old_log_prob
+        log_ratio = bits_log_prob(logits, lanes.actions) - lanes.log_probs
         ratio = log_ratio.exp()
         surrogate = torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip)).mean()
         entropy = bits_entropy(logits).mean()
@@ -173,6 +201,7 @@ class RoutingPPO(PPO):
 
     def _descend(self, loss: Tensor) -> Tensor:
         """One optimiser step; the gradient's norm before clipping."""
+        assert isinstance(self.policy, RouterPolicy)
         self.policy.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.policy.router.parameters(), self.max_grad_norm)
@@ -180,9 +209,9 @@ class RoutingPPO(PPO):
         return norm
 
     @torch.no_grad()
-    def _decisions(self, observations: Tensor) -> Tensor:
+    def _decisions(self, episode: Episode) -> Tensor:
         assert isinstance(self.policy, RouterPolicy)
-        return self.policy.episode_logits(observations) > 0
+        return self.policy.router.site_logits(episode.inputs, episode.priors, episode.log_price) > 0
 
     def _log_update(self, stats: Tensor, flips: Tensor) -> None:
         names = ("approx_kl", "clip_fraction", "entropy", "loss", "gradient_norm")
@@ -215,10 +244,9 @@ def leave_one_out(rewards: Tensor, copies: int, seq_len: int) -> Tensor:
 
 def bits_log_prob(logits: Tensor, bits: Tensor) -> Tensor:
     """Log-probability of independent bits, summed over the last dimension; bits is bool of the same shape."""
-    return -F.softplus(torch.where(bits, -logits, logits)).sum(-1)
+    return (logits * bits - F.softplus(logits)).sum(-1)
 
 
 def bits_entropy(logits: Tensor) -> Tensor:
     """Entropy of independent bits in nats, summed over the last dimension."""
     return (F.softplus(logits) - logits * logits.sigmoid()).sum(-1)
-

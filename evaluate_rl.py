@@ -1,0 +1,209 @@
+"""Score saved routers and baselines on held-out text: table, plot, JSON.
+
+python evaluate_rl.py runs/my-run
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from evaluation import (
+    Comparison,
+    Evaluator,
+    Point,
+    build_evaluation,
+    compare,
+    comparison_table,
+    evaluate_all,
+    report_console,
+    save_figure,
+    summarize,
+    tradeoff_figure,
+    tradeoff_table,
+    write_evaluation,
+)
+from moe_backbone import MoETransformer
+from moe_backbone.corpus import Corpus
+from moe_backbone.files import write_text_atomic
+from moe_backbone.pretrain import cache_folder
+from policies.baselines import FixedPoint, fixed_routers
+from policies.baselines.greedy import GreedyPoint, GreedySearch
+from policies.linear_router import LinearRouter
+
+COMPUTES = (0.7, 0.6, 0.5, 0.4)
+"""Fractions of native compute at which routers are compared."""
+GREEDY_VERSION = 1
+"""Raised when the search finds other routers on the same text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is scored.
+
+    Raises:
+        ValueError: If a value is impossible; the message gives name, rule and actual value.
+    """
+
+    max_tokens: int = 32_768
+    """Held-out tokens that every router is scored on."""
+    num_prices: int = 14
+    """Prices at which the learned router is scored, log-spaced over its training range."""
+    greedy_tokens: int = 8_192
+    """Training tokens that the greedy search and the ranking of heads look at."""
+    routers: tuple[str, ...] = ()
+    """Only fixed routers whose name starts with one of these; none for all."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "num_prices", "greedy_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedPoint:
+    """The learned router at one price."""
+
+    router: LinearRouter
+    price: float
+    seed: int
+    name: str = "learned"
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What sets this point apart from others of the same router."""
+        return {"price": round(self.price, 6)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Everything that was scored, ready to show."""
+
+    evaluator: Evaluator
+    points: list[Point]
+    comparisons: list[Comparison]
+
+    @property
+    def curves(self) -> dict[str, list[Point]]:
+        """Points by router, the learned one first; native is no curve."""
+        names = dict.fromkeys(point.router for point in reversed(self.points) if point.router != "native")
+        return {name: [point for point in self.points if point.router == name] for name in names}
+
+
+def evaluate(
+    backbone: MoETransformer, corpus: Corpus, learned: LinearRouter | None, config: EvaluationConfig, *, seed: int
+) -> Evaluation:
+    """Score fixed routers and the learned one on the test documents.
+
+    Args:
+        backbone: Frozen.
+        corpus: Its training part serves the greedy search, its test part the scores.
+        learned: None to score fixed routers only.
+        config: What is scored.
+        seed: Of random routers, and reported for the learned one.
+    """
+    device = str(next(backbone.parameters()).device)
+    tokens, targets, _ = corpus.train.windows(backbone.config.seq_len, config.greedy_tokens)
+    tokens, targets = tokens.to(device), targets.to(device)
+    specs: list[FixedPoint | LearnedPoint] = [
+        point
+        for point in fixed_routers(
+            backbone, tokens, targets, seed=seed, greedy=greedy_points(backbone, corpus, config.greedy_tokens)
+        )
+        if point.name != "native" and (not config.routers or point.name.startswith(config.routers))
+    ]
+    if config.routers and not specs:
+        raise ValueError(f"routers must name fixed routers, got {' '.join(config.routers)}")
+    if learned is not None:
+        prices = np.geomspace(learned.spec.price_low, learned.spec.price_high, config.num_prices)
+        specs += [LearnedPoint(router=learned, price=float(price), seed=seed) for price in prices]
+    evaluator = Evaluator(backbone, corpus.test, max_tokens=config.max_tokens, device=device)
+    points = [evaluator.native, *evaluate_all(evaluator, specs)]
+    evaluation = Evaluation(evaluator=evaluator, points=points, comparisons=[])
+    rivals = evaluation.curves
+    ours = rivals.pop("learned", [])
+    return Evaluation(evaluator=evaluator, points=points, comparisons=compare(ours, rivals, COMPUTES))
+
+
+def greedy_points(backbone: MoETransformer, corpus: Corpus, max_tokens: int) -> list[GreedyPoint]:
+    """The greedy search's routers; searched once for a backbone, then kept in the cache."""
+    key = f"greedy-{backbone.sha256()[:12]}-{corpus.sha256[:12]}-{max_tokens}-v{GREEDY_VERSION}.json"
+    path = cache_folder() / key
+    if path.exists():
+        return [GreedyPoint.from_json(point) for point in json.loads(path.read_text(encoding="utf-8"))]
+    tokens, targets, _ = corpus.train.windows(backbone.config.seq_len, max_tokens)
+    device = next(backbone.parameters()).device
+    points = GreedySearch(backbone, tokens.to(device), targets.to(device)).run()
+    write_text_atomic(path, json.dumps([point.to_json() for point in points]))
+    return points
+
+
+def write_report(evaluation: Evaluation, backbone: MoETransformer, corpus: Corpus, folder: Path) -> dict[str, Any]:
+    """Write `evaluation.json` and `tradeoff.png`, print the tables, and return the content of the JSON file."""
+    curves, native = evaluation.curves, evaluation.evaluator.native
+    chance = [point.accuracy for name in ("random-subset", "random-k") for point in curves.get(name, [])]
+    summary = summarize(curves, native_accuracy=native.accuracy, random_accuracy=min(chance, default=0.0))
+    content = build_evaluation(
+        evaluation.evaluator,
+        evaluation.points,
+        summary,
+        corpus=corpus.name,
+        backbone="moe-transformer",
+        sha256=backbone.sha256(),
+        parameters=backbone.num_parameters,
+    )
+    write_evaluation(folder / "evaluation.json", content)
+    save_figure(tradeoff_figure(curves, native), folder / "tradeoff.png")
+    console = report_console()
+    console.print(tradeoff_table(curves, native, computes=COMPUTES))
+    if evaluation.comparisons:
+        console.print(comparison_table(evaluation.comparisons))
+    return content
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Score the router of a training run beside the fixed routers."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """Folder that `train_rl.py` left."""
+    output: Path | None = None
+    """Where table, plot and JSON go; the run folder itself if not given."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto` for CUDA where there is one."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def run(config: EvaluateConfig) -> None:
+    """Load the run's backbone and router, score, report."""
+    from policies.portable import load_router
+    from run_folder import read_config
+    from train_rl import TrainConfig, load_parts, pick_device
+
+    trained = read_config(config.run_dir, TrainConfig)
+    corpus, backbone = load_parts(trained, pick_device(config.device))
+    learned = load_router(config.run_dir, backbone).to(next(backbone.parameters()).device)
+    evaluation = evaluate(backbone, corpus, learned, config.evaluation, seed=trained.seed)
+    write_report(evaluation, backbone, corpus, config.output or config.run_dir)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = tyro.cli(EvaluateConfig, description=__doc__, args=arguments)
+    try:
+        run(config)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Runs any router over held-out text and counts what it really spends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from evaluation.intervals import DocumentSums, FloatArray
+from evaluation.points import Point
+from evaluation.tally import Tally
+from moe_backbone import Backbone, ComputeMeter, NativeRouter, Router, token_correct, token_log_likelihood
+from moe_backbone import fixed_flops as config_fixed_flops
+from moe_backbone.corpus import Split
+from moe_backbone.kernels import count_rows
+
+
+class PointSpec(Protocol):
+    """A router at one setting; may also have `price` (nats per native compute) and `seed`."""
+
+    @property
+    def name(self) -> str:
+        """Name of the router; `learned` for the trained one."""
+        ...
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What sets this point apart from others of the same router."""
+        ...
+
+    @property
+    def router(self) -> Router:
+        """What decides."""
+        ...
+
+
+class Evaluator:
+    """Fixed held-out windows, scored once under native routing, to which every router is compared.
+
+    Args:
+        backbone: What computes; must be on `device`.
+        split: Held-out text.
+        max_tokens: Most tokens to score.
+        batch_sequences: Sequences of one forward pass.
+        device: Where the tokens go.
+        seq_len: Tokens of a window; None for the backbone's own.
+        fixed_flops: FLOPs of one token that no routing can save; None to derive them from the backbone's config.
+
+    Attributes:
+        split: The held-out text.
+        sites: Routed sites of the backbone.
+        num_tokens: Tokens scored.
+        num_documents: Documents that these tokens come from.
+        native: The point of native routing.
+
+    Raises:
+        ValueError: If a size is impossible, or the windows hold fewer than two documents.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        split: Split,
+        *,
+        max_tokens: int = 32_768,
+        batch_sequences: int = 32,
+        device: torch.device | str = "cpu",
+        seq_len: int | None = None,
+        fixed_flops: float | None = None,
+    ) -> None:
+        seq_len = backbone.config.seq_len if seq_len is None else seq_len  # type: ignore[attr-defined]
+        if max_tokens < seq_len:
+            raise ValueError(f"max_tokens must be at least seq_len={seq_len}, got {max_tokens}")
+        if batch_sequences < 1:
+            raise ValueError(f"batch_sequences must be at least 1, got {batch_sequences}")
+        self.backbone, self.split, self.sites = backbone, split, tuple(backbone.sites)
+        self._device, self._batch_sequences = torch.device(device), batch_sequences
+        self._meter = ComputeMeter(self.sites, seq_len)
+        if fixed_flops is None:
+            fixed_flops = config_fixed_flops(backbone.config)  # type: ignore[attr-defined]
+        self._fixed_flops = fixed_flops
+        self._tokens, self._targets, document_ids = split.windows(seq_len, max_tokens)
+        documents, rows = np.unique(document_ids.numpy(), return_inverse=True)
+        self._document_rows = rows.reshape(document_ids.shape)
+        self.num_documents, self.num_tokens = len(documents), self._tokens.numel()
+        if self.num_documents < 2:
+            raise ValueError(f"split must hold at least 2 documents for intervals, got 1 in {split.name}")
+        self._native_documents: DocumentSums | None = None
+        self.native = self.score("native", NativeRouter(), setting={})
+        self._native_documents = self.native.documents
+
+    def score(
+        self, name: str, router: Router, *, setting: dict[str, Any], price: float = 0.0, seed: int | None = None
+    ) -> Point:
+        """Run `router` on all windows, skipping what it does not choose.
+
+        Args:
+            name: Name of the router.
+            router: What decides; `overhead_flops`, if it has it, is its own FLOPs per token over all sites.
+            setting: What sets this point apart from others of the same router; JSON values only.
+            price: Price shown to the router, nats per native compute.
+            seed: Seed of the router, only reported.
+
+        Raises:
+            AssertionError: If the rows that ran are not the rows that the router asked for.
+        """
+        tally = Tally(self._meter)
+        with torch.no_grad(), _compact_heads(self.backbone), count_rows() as counted:
+            documents, seconds = self._run(router, price, tally)
+        tally.check_rows(counted)
+        overhead = float(getattr(router, "overhead_flops", 0.0))
+        native, spent = self._meter.native_flops, tally.flops / tally.num_tokens + overhead
+        return Point(
+            router=name,
+            setting=setting,
+            seed=seed,
+            compute=spent / native,
+            router_overhead=overhead / native,
+            compute_total=(self._fixed_flops + spent) / (self._fixed_flops + native),
+            documents=documents,
+            native_documents=documents if self._native_documents is None else self._native_documents,
+            usage=tally.usage,
+            units_per_token=tally.units_per_token,
+            distinct_units=tally.distinct_units,
+            load_cv=tally.load_cv,
+            seconds=seconds,
+        )
+
+    def _run(self, router: Router, price: float, tally: Tally) -> tuple[DocumentSums, float]:
+        """Scores by document, and seconds of the forward passes."""
+        sums = np.zeros((3, self.num_documents))
+        seconds = 0.0
+        for start in range(0, len(self._tokens), self._batch_sequences):
+            rows = slice(start, start + self._batch_sequences)
+            tokens, targets = self._tokens[rows].to(self._device), self._targets[rows].to(self._device)
+            prices = torch.full((tokens.numel(),), price, device=self._device)
+            started = self._now()
+            logits, subsets = self.backbone.run(tokens, router, prices)
+            seconds += self._now() - started
+            tally.add(subsets, len(tokens))
+            sums[0] += self._by_document(torch.ones_like(targets), rows)
+            sums[1] += self._by_document(token_log_likelihood(logits, targets), rows)
+            sums[2] += self._by_document(token_correct(logits, targets), rows)
+        return DocumentSums(tokens=sums[0], log_likelihood=sums[1], correct=sums[2]), seconds
+
+    def _by_document(self, values: Tensor, rows: slice) -> FloatArray:
+        """Sum values (num_sequences, seq_len) of some windows over each document (num_documents,), float64."""
+        sums = np.zeros(self.num_documents)
+        np.add.at(sums, self._document_rows[rows], values.double().cpu().numpy())
+        return sums
+
+    def _now(self) -> float:
+        """Seconds on a clock, once the device has done its work."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def evaluate_all(evaluator: Evaluator, points: Sequence[PointSpec]) -> list[Point]:
+    """Score every router, in order, behind a progress bar that shows the time left."""
+    scored = []
+    for spec in (bar := tqdm(points, desc="evaluating", unit="point", disable=None)):
+        bar.set_postfix_str(spec.name)
+        price, seed = getattr(spec, "price", 0.0), getattr(spec, "seed", None)
+        scored.append(evaluator.score(spec.name, spec.router, setting=spec.setting, price=price, seed=seed))
+    return scored
+
+
+@contextmanager
+def _compact_heads(backbone: Backbone) -> Iterator[None]:
+    """Skip unchosen heads for real; a backbone without head sites has no such switch."""
+    before = getattr(backbone, "head_backend", None)
+    if before is None:
+        yield
+        return
+    backbone.head_backend = "compact"  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        backbone.head_backend = before  # type: ignore[attr-defined]

@@ -1,0 +1,99 @@
+"""Routers that follow one fixed rule over the gate scores; attention heads stay native."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_backbone import NativeRouter, SiteView, best_units
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    """The best `k` experts of every token by gate score.
+
+    Raises:
+        ValueError: If `k` is negative, or on `select` larger than the site.
+    """
+
+    k: int
+    """Experts a token uses at every expert site."""
+
+    def __post_init__(self) -> None:
+        require(self.k >= 0, f"k must be at least 0, got {self.k}")
+
+    def select(self, view: SiteView) -> Tensor:
+        """Choose the units that run: bool (num_tokens, num_units)."""
+        if view.site.kind != "experts":
+            return NativeRouter().select(view)
+        require_count(self.k, view)
+        return best_units(view.scores, self.k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """The experts whose gate probability exceeds a threshold.
+
+    Raises:
+        ValueError: If `probability` lies outside [0, 1].
+    """
+
+    probability: float
+    """Threshold, a fraction."""
+    at_least_one: bool
+    """Whether a token with no such expert uses its best one instead of none."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.probability <= 1, f"probability must lie in [0, 1], got {self.probability}")
+
+    def select(self, view: SiteView) -> Tensor:
+        """Choose the units that run: bool (num_tokens, num_units).
+
+        Example: probabilities (.5, .3, .2) and threshold .25 give the first two experts; threshold .6 gives none,
+        or the first one with `at_least_one`.
+        """
+        if view.site.kind != "experts":
+            return NativeRouter().select(view)
+        chosen = view.scores.exp() > self.probability
+        return chosen | best_units(view.scores, 1) if self.at_least_one else chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopP:
+    """The smallest set of experts whose gate probabilities add up to `mass`.
+
+    Source: arXiv:2403.07652.
+
+    Raises:
+        ValueError: If `mass` lies outside (0, 1].
+    """
+
+    mass: float
+    """Gate probability to reach, a fraction."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.mass <= 1, f"mass must lie in (0, 1], got {self.mass}")
+
+    def select(self, view: SiteView) -> Tensor:
+        """Choose the units that run: bool (num_tokens, num_units).
+
+        Example: probabilities (.5, .3, .2) and mass .6 give the first two experts.
+        """
+        if view.site.kind != "experts":
+            return NativeRouter().select(view)
+        ordered, order = view.scores.exp().sort(dim=1, descending=True)
+        reached_before = ordered.cumsum(1) - ordered
+        return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, reached_before < self.mass)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a ValueError with `message` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_count(k: int, view: SiteView) -> None:
+    """Raise a ValueError if the site has fewer than `k` experts."""
+    require(k <= view.site.num_units, f"k must lie in [0, num_experts={view.site.num_units}], got {k}")

@@ -1,0 +1,65 @@
+"""Loss and compute of a router on fixed text, recomputing only what follows the changed site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_backbone import Backbone, ComputeMeter, Router, SiteView, token_log_likelihood
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a router gives on the text."""
+
+    loss: float
+    """Mean loss of the next token, nats a token."""
+    compute: float
+    """Fraction of native compute, mean over the tokens."""
+
+
+class PrefixCache:
+    """States before every site under the router followed last.
+
+    Args:
+        backbone: What computes.
+        tokens: Text, full sequences (num_sequences, seq_len), int64.
+        targets: Next tokens, same shape.
+    """
+
+    def __init__(self, backbone: Backbone, tokens: Tensor, targets: Tensor) -> None:
+        self.backbone, self.targets = backbone, targets
+        self.meter = ComputeMeter(backbone.sites, tokens.shape[1])
+        self._positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0])
+        with torch.no_grad():
+            self._states: list[Any] = [backbone.begin(tokens)]
+        self._computes: list[float] = []
+
+    def follow(self, router: Router, first: int = 0) -> Outcome:
+        """Remember the states under `router`, which equals the one followed before at all sites before `first`."""
+        del self._states[first + 1 :], self._computes[first:]
+        return self._walk(router, first, self._states, self._computes)
+
+    def measure(self, router: Router, first: int) -> Outcome:
+        """Outcome of `router`, which equals the followed one at all sites before `first`; remembers nothing."""
+        return self._walk(router, first, self._states[: first + 1], self._computes[:first])
+
+    def view(self, index: int) -> SiteView:
+        """What a router sees of site `index` under the followed router."""
+        return self.backbone.observe(self._states[index])
+
+    def compute(self, index: int, subset: Tensor) -> float:
+        """Mean fraction of native compute that `subset`, bool (num_tokens, num_units), costs at site `index`."""
+        return self.meter.flops(index, subset, self._positions).mean().item() / self.meter.native_flops
+
+    @torch.no_grad()
+    def _walk(self, router: Router, first: int, states: list[Any], computes: list[float]) -> Outcome:
+        for index in range(first, len(self.backbone.sites)):
+            subset = router.select(self.backbone.observe(states[index]))
+            computes.append(self.compute(index, subset))
+            states.append(self.backbone.advance(states[index], subset))
+        loss = -token_log_likelihood(self.backbone.finish(states[-1]), self.targets).mean().item()
+        return Outcome(loss=loss, compute=sum(computes))

@@ -1,0 +1,102 @@
+"""Routers that draw their choice at random, reproducibly.
+
+Every draw comes from a generator of its own, seeded from the router's seed, the site's index and the tokens. So the
+same router gives the same choice for the same input, in whatever order and on whatever device it is asked, other
+batches get other draws, and PyTorch's global generator is neither read nor moved. There is no state to reset.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_backbone import NativeRouter, SiteView, best_units
+from policies.baselines.fixed import require, require_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomK:
+    """`k` random experts for every token; heads native.
+
+    Raises:
+        ValueError: If `k` or `seed` is negative, or on `select` if `k` is larger than the site.
+    """
+
+    k: int
+    """Experts a token uses at every expert site."""
+    seed: int
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        require(self.k >= 0, f"k must be at least 0, got {self.k}")
+        require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
+
+    def select(self, view: SiteView) -> Tensor:
+        """Choose the units that run: bool (num_tokens, num_units)."""
+        if view.site.kind != "experts":
+            return NativeRouter().select(view)
+        require_count(self.k, view)
+        return best_units(_uniform(self.seed, view, len(view.scores)), self.k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomSubset:
+    """Every unit of every site on with the same probability, independently for each token.
+
+    Raises:
+        ValueError: If `rate` lies outside [0, 1] or `seed` is negative.
+    """
+
+    rate: float
+    """Probability that a unit runs."""
+    seed: int
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.rate <= 1, f"rate must lie in [0, 1], got {self.rate}")
+        require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
+
+    def select(self, view: SiteView) -> Tensor:
+        """Choose the units that run: bool (num_tokens, num_units)."""
+        return _uniform(self.seed, view, len(view.scores)) < self.rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomHeads:
+    """A random share of the heads, the same for all tokens of a sequence; experts native.
+
+    Sequences are the rows of `view.tokens`: when a model decodes, every call draws anew.
+
+    Raises:
+        ValueError: If `share` lies outside [0, 1] or `seed` is negative.
+    """
+
+    share: float = 0.5
+    """Fraction of a site's heads that run, rounded to whole heads."""
+    seed: int
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.share <= 1, f"share must lie in [0, 1], got {self.share}")
+        require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
+
+    def select(self, view: SiteView) -> Tensor:
+        """Choose the units that run: bool (num_tokens, num_units)."""
+        if view.site.kind != "heads":
+            return NativeRouter().select(view)
+        num_sequences, seq_len = view.tokens.shape
+        count = round(self.share * view.site.num_units)
+        return best_units(_uniform(self.seed, view, num_sequences), count).repeat_interleave(seq_len, dim=0)
+
+
+def _uniform(seed: int, view: SiteView, rows: int) -> Tensor:
+    """Draws from [0, 1), float32 (rows, num_units), on the device of the tokens."""
+    places = torch.arange(1, view.tokens.numel() + 1, device=view.tokens.device)
+    checksum = int((view.tokens.flatten() * places).sum())
+    entropy = np.random.SeedSequence([seed, view.index, checksum])
+    generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
+    # Drawn on the CPU, as generators of different devices give different numbers.
+    return torch.rand(rows, view.site.num_units, generator=generator).to(view.tokens.device)

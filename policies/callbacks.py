@@ -1,0 +1,136 @@
+"""What TensorBoard shows of a training run, beside SB3's own scalars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Figure, HParam
+from torch import Tensor
+
+from moe_backbone.quality import token_correct, token_log_likelihood
+from moe_backbone.sites import RoutingSite
+
+
+class RoutingMetrics(BaseCallback):
+    """Logs what the routed episodes of an update were worth and what they used.
+
+    Args:
+        hyperparameters: Shown in TensorBoard's HPARAMS tab.
+        every: Updates between two looks.
+    """
+
+    def __init__(self, hyperparameters: dict[str, bool | str | float | int | None], every: int = 5) -> None:
+        super().__init__()
+        self.hyperparameters = hyperparameters
+        self.every = every
+        self._updates = 0
+
+    def _on_training_start(self) -> None:
+        metrics: dict[str, float | int] = {"rollout/ep_rew_mean": 0, "routing/compute": 0, "eval/loss_at_60_compute": 0}
+        self.logger.record("hparams", HParam(self.hyperparameters, metrics), exclude=("stdout", "log", "json", "csv"))
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self._updates += 1
+        if self._updates % self.every:
+            return
+        mdp = self.training_env.mdp  # type: ignore[attr-defined]
+        for name, value in episode_metrics(mdp).items():
+            self.logger.record(name, value)
+
+
+@torch.no_grad()
+def episode_metrics(mdp: Any) -> dict[str, float]:
+    """Scalars of the episode that an MDP ended last, means over lanes.
+
+    Names: `reward/...` nats, `routing/...` counts and fractions, `quality/...` nats and fractions against native.
+    """
+    batch, sites = mdp.batch, mdp.backbone.sites
+    positions, price = mdp.state.positions, mdp.state.price
+    compute = sum(mdp.meter.compute(index, subset, positions) for index, subset in enumerate(mdp.subsets))
+    routed = token_log_likelihood(mdp.logits, batch.targets).mean()
+    native = token_log_likelihood(batch.native_logits, batch.targets).mean()
+    correct = token_correct(mdp.logits, batch.targets).mean()
+    native_correct = token_correct(batch.native_logits, batch.targets).mean()
+    metrics = {
+        "reward/cost": -(price * compute).mean(),
+        "reward/quality": mdp.quality.mean(),
+        "routing/compute": compute.mean(),
+        "routing/price": price.log().mean().exp(),
+        "quality/log_likelihood": routed,
+        "quality/log_likelihood_minus_native": routed - native,
+        "quality/accuracy": correct,
+        "quality/accuracy_minus_native": correct - native_correct,
+    }
+    return {name: value.item() for name, value in metrics.items()} | load_metrics(sites, mdp.subsets)
+
+
+def load_metrics(sites: tuple[RoutingSite, ...], subsets: list[Tensor]) -> dict[str, float]:
+    """Units a token uses at each site, coefficient of variation of expert load, and units nobody used."""
+    metrics, spread, dead = {}, [], 0
+    for site, subset in zip(sites, subsets, strict=True):
+        load = subset.float().mean(0)
+        metrics[f"units_per_token/{site.name}"] = load.sum().item()
+        dead += int((load == 0).sum())
+        if site.kind == "experts":
+            spread.append((load.std(correction=0) / load.mean().clamp_min(1e-9)).item())
+    metrics["routing/load_cv"] = sum(spread) / max(1, len(spread))
+    metrics["routing/dead_units"] = float(dead)
+    return metrics
+
+
+class PeriodicEvaluation(BaseCallback):
+    """Calls an evaluation a few times during training and logs what it returns.
+
+    Args:
+        evaluate: Returns scalars and figures by name.
+        times: Evaluations spread over the training run.
+    """
+
+    def __init__(self, evaluate: Callable[[], tuple[dict[str, float], dict[str, Any]]], times: int) -> None:
+        super().__init__()
+        self.evaluate = evaluate
+        self.times = times
+        self._done = 0
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        progress = 1 - self.model._current_progress_remaining
+        if progress * (self.times + 1) < self._done + 1:
+            return
+        self._done = int(progress * (self.times + 1))
+        scalars, figures = self.evaluate()
+        for name, value in scalars.items():
+            self.logger.record(name, value)
+        for name, figure in figures.items():
+            self.logger.record(name, Figure(figure, close=False), exclude=("stdout", "log", "json", "csv"))
+
+
+class PeriodicSave(BaseCallback):
+    """Calls `save` every so many updates.
+
+    Args:
+        save: Writes a checkpoint.
+        every: Updates between two.
+    """
+
+    def __init__(self, save: Callable[[], None], every: int) -> None:
+        super().__init__()
+        self.save = save
+        self.every = every
+        self._updates = 0
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self._updates and self._updates % self.every == 0:
+            self.save()
+        self._updates += 1

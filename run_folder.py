@@ -1,0 +1,80 @@
+"""What a training run leaves behind: `runs/<name>/`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+from dataclasses import asdict, fields, is_dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from moe_backbone.files import write_text_atomic
+
+LIBRARIES = ("torch", "gymnasium", "stable-baselines3", "numpy", "tensorboard", "safetensors", "routegym")
+Config = TypeVar("Config")
+
+
+def new_run_folder(path: Path | None, seed: int) -> Path:
+    """Make the folder of a new run; None names it by date, time and seed.
+
+    Raises:
+        ValueError: If it exists already.
+    """
+    path = path or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-seed{seed}"
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise ValueError(f"run_dir must be a new folder (or use --resume), got {path}, which exists") from None
+    return path
+
+
+def describe_run(folder: Path, config: Any) -> None:
+    """Write `config.json`, `command.txt` and `versions.json`."""
+    write_text_atomic(folder / "config.json", json.dumps(asdict(config), indent=1, default=str) + "\n")
+    write_text_atomic(folder / "command.txt", shlex.join(["python", *sys.argv]) + "\n")
+    versions = {name: _version(name) for name in LIBRARIES}
+    versions |= {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
+    write_text_atomic(folder / "versions.json", json.dumps(versions, indent=1) + "\n")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def read_config(folder: Path, kind: type[Config]) -> Config:
+    """Read `config.json` of a run.
+
+    Raises:
+        ValueError: If the folder holds no readable configuration of this version.
+    """
+    path = folder / "config.json"
+    try:
+        return _build(kind, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise ValueError(f"run folder must hold the config.json of a training run, got {folder}: {error}") from None
+
+
+def _build(kind: Any, data: Any) -> Any:
+    """Values of a dataclass, read back from JSON."""
+    hints = get_type_hints(kind)
+    known = {field.name for field in fields(kind)}
+    if unknown := set(data) - known:
+        raise KeyError(f"unknown settings {sorted(unknown)}")
+    return kind(**{name: _value(hints[name], value) for name, value in data.items()})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if is_dataclass(hint):
+        return _build(hint, value)
+    if get_origin(hint) is tuple:
+        return tuple(_value(get_args(hint)[0], item) for item in value)
+    if value is not None and (hint is Path or Path in get_args(hint)):
+        return Path(value)
+    return value

@@ -1,0 +1,317 @@
+"""Training on first use: repeatable, resumable, cached; random routing that leaves some sequences native."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_backbone import BackboneConfig, MoETransformer, SiteView, best_units
+from moe_backbone import pretrain as pretrain_module
+from moe_backbone.corpus import Corpus
+from moe_backbone.pretrain import (
+    PretrainConfig,
+    Pretraining,
+    RandomRouting,
+    backbone_key,
+    cache_folder,
+    learning_rate_factor,
+    load_or_train,
+    native_loss,
+)
+from moe_backbone.sites import RoutingSite
+
+SETTINGS = PretrainConfig(steps=20, sequences=4, eval_every=5, random_routing=0.75)
+FIRST_RANDOM_STEP = 5
+INTERRUPTED_AT = 13
+LAST_LOOK = 10
+"""Last multiple of `eval_every` before the interruption."""
+NUM_SEQUENCES, SEQ_LEN, NUM_EXPERTS, TOP_K, NUM_HEADS = 400, 16, 4, 2, 8
+
+
+def _same_weights(one: MoETransformer, other: MoETransformer) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.fixture
+def steps_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the training steps that ran, in order."""
+    steps: list[int] = []
+    train_step = Pretraining._train_step
+
+    def recorded(self: Pretraining) -> None:
+        steps.append(self.step)
+        train_step(self)
+
+    monkeypatch.setattr(Pretraining, "_train_step", recorded)
+    return steps
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Call to have the next training interrupted before step `INTERRUPTED_AT`, once."""
+
+    def arm() -> None:
+        train_step = Pretraining._train_step
+
+        def interrupted(self: Pretraining) -> None:
+            if self.step == INTERRUPTED_AT:
+                monkeypatch.setattr(Pretraining, "_train_step", train_step)
+                raise KeyboardInterrupt
+            train_step(self)
+
+        monkeypatch.setattr(Pretraining, "_train_step", interrupted)
+
+    return arm
+
+
+def test_same_seed_trains_the_same_weights(
+    tiny_corpus: Corpus, tiny_config: BackboneConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two trainings from scratch agree to the bit whatever was drawn before them; another seed does not."""
+    one = load_or_train(tiny_corpus, tiny_config, SETTINGS)
+    monkeypatch.setenv("ROUTEGYM_CACHE", str(tmp_path / "other"))
+    torch.rand(7)
+    assert _same_weights(load_or_train(tiny_corpus, tiny_config, SETTINGS), one)
+    assert not _same_weights(load_or_train(tiny_corpus, tiny_config, replace(SETTINGS, seed=1)), one)
+
+
+def test_training_lowers_the_loss_on_held_out_text(tiny_corpus: Corpus, tiny_config: BackboneConfig) -> None:
+    """A few steps beat random weights and the uniform guess by far."""
+    torch.manual_seed(SETTINGS.seed)
+    before = native_loss(MoETransformer(tiny_config), tiny_corpus.test, max_tokens=1024, device="cpu")
+    settings = PretrainConfig(steps=30, sequences=8, learning_rate=1e-2)
+    trained = load_or_train(tiny_corpus, tiny_config, settings)
+    after = native_loss(trained, tiny_corpus.test, max_tokens=1024, device="cpu")
+    assert after < min(before, math.log(256)) - 2
+
+
+def test_trained_backbone_is_frozen_and_in_evaluation_mode(tiny_corpus: Corpus, tiny_config: BackboneConfig) -> None:
+    """Nobody trains it further by accident, fresh or from the cache."""
+    for _ in range(2):
+        backbone = load_or_train(tiny_corpus, tiny_config, SETTINGS)
+        assert not backbone.training
+        assert not any(parameter.requires_grad for parameter in backbone.parameters())
+
+
+def test_interrupted_training_goes_on_to_the_same_weights(
+    tiny_corpus: Corpus,
+    tiny_config: BackboneConfig,
+    interrupt: Callable[[], None],
+    steps_run: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Stopped between two looks and started again, it repeats from the last look and ends as if never stopped."""
+    expected = load_or_train(tiny_corpus, tiny_config, SETTINGS)
+    cache = tmp_path / "other"
+    monkeypatch.setenv("ROUTEGYM_CACHE", str(cache))
+    interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        load_or_train(tiny_corpus, tiny_config, SETTINGS)
+    assert [path.suffix for path in cache.iterdir()] == [".partial"]
+    steps_run.clear()
+    assert _same_weights(load_or_train(tiny_corpus, tiny_config, SETTINGS), expected)
+    assert steps_run == list(range(LAST_LOOK, SETTINGS.steps))
+    assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
+
+
+def test_second_call_loads_without_training(
+    tiny_corpus: Corpus, tiny_config: BackboneConfig, steps_run: list[int], cache: Path
+) -> None:
+    """The cache holds one file, and what is read from it is what was trained."""
+    trained = load_or_train(tiny_corpus, tiny_config, SETTINGS)
+    assert steps_run == list(range(SETTINGS.steps))
+    assert _same_weights(load_or_train(tiny_corpus, tiny_config, SETTINGS), trained)
+    assert len(steps_run) == SETTINGS.steps
+    assert [path.name for path in cache.iterdir()] == [
+        f"backbone-{backbone_key(tiny_corpus, tiny_config, SETTINGS)}.safetensors"
+    ]
+
+
+def test_every_setting_is_part_of_the_key(tiny_corpus: Corpus, tiny_config: BackboneConfig) -> None:
+    """Other text, another architecture, another training or another recipe is another backbone."""
+    keys = [
+        backbone_key(tiny_corpus, tiny_config, SETTINGS),
+        backbone_key(replace(tiny_corpus, sha256="other"), tiny_config, SETTINGS),
+        backbone_key(tiny_corpus, replace(tiny_config, top_k=1), SETTINGS),
+        backbone_key(tiny_corpus, replace(tiny_config, mixing="keep"), SETTINGS),
+        backbone_key(tiny_corpus, tiny_config, replace(SETTINGS, seed=1)),
+        backbone_key(tiny_corpus, tiny_config, replace(SETTINGS, native_share=0.4)),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert backbone_key(replace(tiny_corpus, name="renamed"), tiny_config, SETTINGS) == keys[0]
+
+
+def test_recipe_version_is_part_of_the_key(
+    tiny_corpus: Corpus, tiny_config: BackboneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backbones of an older recipe are not taken for new ones."""
+    before = backbone_key(tiny_corpus, tiny_config, SETTINGS)
+    monkeypatch.setattr(pretrain_module, "RECIPE_VERSION", pretrain_module.RECIPE_VERSION + 1)
+    assert backbone_key(tiny_corpus, tiny_config, SETTINGS) != before
+
+
+def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path) -> None:
+    """$ROUTEGYM_CACHE first, then $XDG_CACHE_HOME."""
+    assert cache_folder() == cache
+    monkeypatch.delenv("ROUTEGYM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "routegym"
+
+
+def test_early_stopping_restores_the_best_weights(
+    tiny_corpus: Corpus, tiny_config: BackboneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two looks without gain end the training, and the weights of the best look come back."""
+    losses = iter([3.0, 2.0, 2.5, 2.1])
+    monkeypatch.setattr(pretrain_module, "native_loss", lambda *_, **__: next(losses))
+    settings = replace(SETTINGS, steps=100, patience=2)
+    training = Pretraining(tiny_corpus, tiny_config, settings, "cpu", tmp_path / "run.partial")
+    looks: dict[int, Tensor] = {}
+
+    def report(step: int, _: float) -> None:
+        looks[step] = training.backbone.output_head.weight.detach().clone()
+
+    backbone = training.run(report)
+    assert list(looks) == [5, 10, 15, 20]
+    assert torch.equal(backbone.output_head.weight, looks[10])
+    assert not torch.equal(looks[20], looks[10])
+
+
+def test_diverged_training_is_an_error(
+    tiny_corpus: Corpus, tiny_config: BackboneConfig, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    """A loss that is no number is never cached."""
+    monkeypatch.setattr(pretrain_module, "native_loss", lambda *_, **__: float("nan"))
+    with pytest.raises(ValueError, match="validation loss must be finite, got nan at step 5: lower learning_rate"):
+        load_or_train(tiny_corpus, tiny_config, SETTINGS)
+    assert not list(cache.glob("*.safetensors"))
+
+
+def test_balance_weight_reaches_the_gates(tiny_corpus: Corpus, tiny_config: BackboneConfig) -> None:
+    """The coefficient changes what is trained, and a strong one spreads the rows more evenly."""
+
+    def busiest_share(balance_weight: float) -> float:
+        settings = PretrainConfig(steps=30, sequences=4, learning_rate=1e-2, balance_weight=balance_weight)
+        backbone = load_or_train(tiny_corpus, tiny_config, settings)
+        tokens, _, _ = tiny_corpus.test.windows(tiny_config.seq_len, 1024)
+        subsets = backbone.run(tokens, pretrain_module.NativeRouter())[1][1::2]
+        return sum((subset.float().mean(0).max() / tiny_config.top_k).item() for subset in subsets) / len(subsets)
+
+    assert busiest_share(1.0) < busiest_share(0.0)
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"), [(0, 0.25), (4, 1.0), (52, 0.5), (100, 0.0)], ids=["start", "peak", "middle", "end"]
+)
+def test_learning_rate_warms_up_and_falls_to_zero(step: int, factor: float) -> None:
+    """The docstring's example, for 100 steps."""
+    assert learning_rate_factor(step, 100) == pytest.approx(factor, abs=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 24, 26])
+def test_learning_rate_of_short_runs_is_positive_and_at_most_one(steps: int) -> None:
+    """No division by zero, and no step without effect."""
+    assert all(0 < learning_rate_factor(step, steps) <= 1 for step in range(steps))
+
+
+def test_optimizer_follows_the_learning_rate(tiny_corpus: Corpus, tiny_config: BackboneConfig, tmp_path: Path) -> None:
+    """The last step runs at its own share of the peak."""
+    training = Pretraining(tiny_corpus, tiny_config, SETTINGS, "cpu", tmp_path / "run.partial")
+    training.run()
+    expected = SETTINGS.learning_rate * learning_rate_factor(SETTINGS.steps - 1, SETTINGS.steps)
+    assert [group["lr"] for group in training.optimizer.param_groups] == [pytest.approx(expected)]
+
+
+def _view(index: int) -> SiteView:
+    """Random gate scores at an expert site; zeros, as there is no gate, at a head site."""
+    heads, num_tokens = index % 2 == 0, NUM_SEQUENCES * SEQ_LEN
+    num_units = NUM_HEADS if heads else NUM_EXPERTS
+    return SiteView(
+        index=index,
+        site=RoutingSite(
+            kind="heads" if heads else "experts",
+            layer=index // 2,
+            num_units=num_units,
+            native_units=NUM_HEADS if heads else TOP_K,
+            unit_flops=1,
+        ),
+        features=torch.zeros(num_tokens, 1),
+        scores=torch.zeros(num_tokens, num_units) if heads else torch.randn(num_tokens, num_units).log_softmax(1),
+        price=torch.zeros(num_tokens),
+        tokens=torch.zeros(NUM_SEQUENCES, SEQ_LEN, dtype=torch.int64),
+    )
+
+
+def _random_routing(native_share: float, views: list[SiteView]) -> list[Tensor]:
+    """Subsets of each site (num_sequences, seq_len, num_units)."""
+    router = RandomRouting(native_share, torch.Generator().manual_seed(0))
+    return [router.select(view).unflatten(0, (NUM_SEQUENCES, SEQ_LEN)) for view in views]
+
+
+def test_random_routing_keeps_whole_sequences_native() -> None:
+    """A sequence is native at every site or at none, and the share is the one asked for."""
+    views = [_view(index) for index in range(4)]
+    subsets = _random_routing(0.25, views)
+    natives = []
+    for view, subset in zip(views, subsets, strict=True):
+        native = best_units(view.scores, view.site.native_units).view_as(subset)
+        natives.append((subset == native).flatten(1).all(1))
+    assert natives[1].float().mean().item() == pytest.approx(0.25, abs=0.07)
+    assert torch.equal(natives[3], natives[1])
+    for all_heads in natives[::2]:  # a random sequence has all heads by chance once in 129
+        assert all_heads[natives[1]].all()
+        assert all_heads[~natives[1]].float().mean() < 0.05
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_random_routing_at_the_ends_of_its_range(share: float) -> None:
+    """A share of one is native routing; of zero leaves no sequence with all heads at all tokens but by chance."""
+    heads, _ = _random_routing(share, [_view(0), _view(1)])
+    native = heads.flatten(1).all(1).float().mean().item()
+    assert native == 1.0 if share else native < 0.05
+
+
+def test_random_routing_draws_zero_to_one_above_top_k_experts() -> None:
+    """Every count comes as often, whatever the sequence, and the experts are the best of the gate."""
+    views = [_view(0), _view(1)]
+    subset = _random_routing(0.0, views)[1].flatten(0, 1)
+    counts = subset.sum(1)
+    assert torch.equal(subset, best_units(views[1].scores, counts))
+    shares = counts.bincount() / len(counts)
+    torch.testing.assert_close(shares, torch.full((TOP_K + 2,), 1 / (TOP_K + 2)), atol=0.02, rtol=0)
+
+
+def test_random_routing_varies_the_rate_of_heads_between_sequences() -> None:
+    """Rates of sequences fill [0, 1]; within a sequence each token draws its own heads."""
+    heads = _random_routing(0.0, [_view(0)])[0]
+    rates = heads.float().mean((1, 2))
+    assert rates.std().item() == pytest.approx(math.sqrt(1 / 12), abs=0.03)
+    assert rates.min() < 0.05
+    assert rates.max() > 0.95
+    middle = heads[(rates > 0.3) & (rates < 0.7)]
+    assert middle.flatten(2).float().std(1).gt(0).float().mean() > 0.99
+
+
+def test_random_routing_starts_with_its_last_share_of_training(
+    tiny_corpus: Corpus, tiny_config: BackboneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a share of three quarters, the first quarter of the steps is native and the rest random."""
+    random_steps: list[int] = []
+    training = Pretraining(tiny_corpus, tiny_config, SETTINGS, "cpu", cache_folder() / "run.partial")
+    select = RandomRouting.select
+
+    def recorded(self: RandomRouting, view: SiteView) -> Tensor:
+        if view.index == 0:
+            random_steps.append(training.step)
+        return select(self, view)
+
+    monkeypatch.setattr(RandomRouting, "select", recorded)
+    training.run()
+    assert random_steps == list(range(FIRST_RANDOM_STEP, SETTINGS.steps))
