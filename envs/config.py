@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +32,7 @@ class EnvConfig:
 
     def __post_init__(self) -> None:
         for name in ("price_low", "price_high"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be positive and finite, got {value}")
+            check_price(name, getattr(self, name))
         if self.price_high < self.price_low:
             raise ValueError(f"price_high must be at least price_low={self.price_low}, got {self.price_high}")
         if self.rollouts_per_sequence < 1:
@@ -45,3 +44,14 @@ class EnvConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+
+def check_price(name: str, value: float) -> None:
+    """Refuse a price whose logarithm an observation cannot hold.
+
+    Raises:
+        ValueError: If it is not positive and finite in float32.
+    """
+    limits = np.finfo(np.float32)
+    if not float(limits.tiny) <= value <= float(limits.max):
+        raise ValueError(f"{name} must be positive and finite, got {value}")

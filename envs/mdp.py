@@ -14,7 +14,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from envs.config import EnvConfig
+from envs.config import EnvConfig, check_price
 from envs.layout import OBSERVATION_BOUND, ObservationLayout
 from envs.reward import quality, shared, step_reward
 from envs.token_source import TokenSource
@@ -153,8 +153,7 @@ class RoutingMDP:
     def _prices(self, generator: np.random.Generator, price: float | None) -> Tensor:
         low, high = self.config.price_low, self.config.price_high
         if price is not None:
-            if not (np.isfinite(price) and price > 0):
-                raise ValueError(f"price must be positive and finite, got {price}")
+            check_price("price", price)
             low = high = price
         drawn = np.exp(generator.uniform(np.log(low), np.log(high), self.num_sequences))
         return torch.as_tensor(drawn, dtype=torch.float32, device=self.device)

@@ -75,20 +75,13 @@ class RoutingEnv(gym.Env[np.ndarray, Any]):
         super().reset(seed=seed)
         new = seed is not None or options is not None or self._sequence is None or self._running
         if new or self._position == self.mdp.source.seq_len:
-            self._sequence = self._draw(options or {})
+            self._sequence = draw_with(self.mdp, self.np_random, options or {})
             self._position = 0
             self._cache = self.mdp.backbone.new_cache()
         assert self._sequence is not None
         observation = self.mdp.begin(self._sequence.token(self._position), self._cache)
         self._running = True
         return _array(observation[0]), {"price": float(self._sequence.price), "site": 0, "position": self._position}
-
-    def _draw(self, options: dict[str, Any]) -> TokenBatch:
-        unknown = set(options) - {"tokens", "targets", "price"}
-        if unknown:
-            raise ValueError(f"options must be among tokens, targets, price, got {', '.join(sorted(unknown))}")
-        given = {name: _row(options[name]) for name in ("tokens", "targets") if name in options}
-        return self.mdp.draw(self.np_random, price=options.get("price"), **given)
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Run the current site.
@@ -114,10 +107,35 @@ class RoutingEnv(gym.Env[np.ndarray, Any]):
         """Draw the units that ran for this token: `#` on, `.` off, one line a site."""
         if self.render_mode is None:
             return None
-        lines = [f"token {self._position}"]
+        if self._sequence is None:
+            raise ResetNeeded("reset must be called before render")
+        lines = [f"token {self.mdp.state.first_position}"]
         for site, subset in zip(self.mdp.backbone.sites, self.mdp.subsets, strict=False):
             lines.append(f"{site.name:>16} " + "".join("#" if unit else "." for unit in subset[0].tolist()))
         return "\n".join(lines)
+
+
+def draw_with(mdp: RoutingMDP, generator: np.random.Generator, options: dict[str, Any]) -> TokenBatch:
+    """Draw sequences, or take those in the options of a reset.
+
+    Args:
+        mdp: Draws.
+        generator: The only source of chance.
+        options: `price`, and `tokens` with `targets`, whole numbers (num_sequences, seq_len) or (seq_len,) for one.
+
+    Raises:
+        ValueError: If an option is unknown or impossible.
+    """
+    unknown = set(options) - {"tokens", "targets", "price"}
+    if unknown:
+        raise ValueError(f"options must be among tokens, targets, price, got {', '.join(sorted(unknown))}")
+    names = [name for name in ("tokens", "targets") if name in options]
+    given = {name: torch.atleast_2d(torch.as_tensor(options[name])) for name in names}
+    vocab_size = mdp.backbone.config.vocab_size
+    for name, tokens in given.items():
+        if tokens.is_floating_point() or not ((tokens >= 0) & (tokens < vocab_size)).all():
+            raise ValueError(f"{name} must hold whole numbers in [0, vocab_size={vocab_size}), got {tokens}")
+    return mdp.draw(generator, price=options.get("price"), **{name: tokens.long() for name, tokens in given.items()})
 
 
 def step_info(step: Step, lane_prices: Tensor) -> dict[str, np.ndarray]:
@@ -151,7 +169,3 @@ def default_parts(backbone: MoETransformer | None, source: TokenSource | None) -
 
 def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().numpy().copy()
-
-
-def _row(tokens: Any) -> Tensor:
-    return torch.as_tensor(np.asarray(tokens), dtype=torch.int64).reshape(1, -1)

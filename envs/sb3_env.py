@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.error import ResetNeeded
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
@@ -46,6 +47,7 @@ class RoutingVecEnv(VecEnv):
         self.render_mode: str | None = None
         super().__init__(num_envs, self.mdp.observation_space, self.mdp.action_space)
         self._returns = torch.zeros(num_envs, device=self.mdp.device)
+        self._running = False
 
     @property
     def num_sites(self) -> int:
@@ -55,6 +57,7 @@ class RoutingVecEnv(VecEnv):
     def reset_tensor(self) -> Tensor:
         """Draw new sequences: observations (num_envs, size), float32."""
         self._returns = torch.zeros_like(self._returns)
+        self._running = True
         return self.mdp.reset(self.generator)
 
     def step_tensor(self, actions: Tensor) -> Step:
@@ -62,8 +65,14 @@ class RoutingVecEnv(VecEnv):
 
         Args:
             actions: bool (num_envs, max_units), or int64 (num_envs,) for the count codec.
+
+        Raises:
+            ResetNeeded: Before the first reset and after the last site.
         """
+        if not self._running:
+            raise ResetNeeded("reset must be called before step: before the first episode and after each last site")
         step = self.mdp.step(actions)
+        self._running = not step.terminated
         self._returns = self._returns + step.reward
         return step
 

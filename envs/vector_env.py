@@ -12,7 +12,7 @@ from gymnasium.vector.utils import batch_space
 from envs.actions import action_tensor
 from envs.config import EnvConfig
 from envs.mdp import RoutingMDP
-from envs.routing_env import default_parts, step_info
+from envs.routing_env import default_parts, draw_with, step_info
 from envs.token_source import TokenSource
 from moe_backbone import MoETransformer
 
@@ -73,9 +73,9 @@ class RoutingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Draw new sequences; `options` takes `price`, and `tokens` with `targets`, tensors as in `RoutingMDP.draw`."""
+        """Draw new sequences; `options` takes `price`, and `tokens` with `targets`, see `draw_with`."""
         super().reset(seed=seed)
-        observation = self.mdp.begin(self.mdp.draw(self.np_random, **(options or {})))
+        observation = self.mdp.begin(draw_with(self.mdp, self.np_random, options or {}))
         self._running = True
         return observation.cpu().numpy(), {}
 

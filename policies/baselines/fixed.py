@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_backbone import NativeRouter, SiteView, best_units
+from moe_backbone.sites import NativeRouter, SiteView, best_units
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TopK:
     """The best `k` experts of every token by gate score.
 
@@ -32,7 +32,7 @@ class TopK:
         return best_units(view.scores, self.k)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Threshold:
     """The experts whose gate probability exceeds a threshold.
 
@@ -60,7 +60,7 @@ class Threshold:
         return chosen | best_units(view.scores, 1) if self.at_least_one else chosen
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TopP:
     """The smallest set of experts whose gate probabilities add up to `mass`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from moe_backbone import Backbone, native_shares
+from moe_backbone.compute import native_shares
+from moe_backbone.sites import Backbone
 from policies.baselines.fixed import require
 from policies.baselines.prefix import Outcome, PrefixCache
 from policies.baselines.site_rules import ExpertRule, HeadRule, PerSiteRules, SiteRule, expert_ladder, native_rules
@@ -112,31 +114,21 @@ class GreedySearch:
         path = list(points) or [_point(router, outcome)]
         self._prices.clear()
         stop = self.config.stop_compute
+        stop, every = self.config.stop_compute, self.config.refresh_all_every
         with tqdm(total=100, desc="greedy search", unit="%", disable=not progress, dynamic_ncols=True) as bar:
-            while path[-1].compute > stop and (point := self.step(path[-1], everything=self._is_full_step(path))):
+            while path[-1].compute > stop and (point := self._step(path[-1], everything=len(path) % every == 0)):
                 path.append(point)
                 bar.update(min(100.0, round(100 * (1 - point.compute) / (1 - stop), 1)) - bar.n)
                 bar.set_postfix(compute=f"{point.compute:.3f}", loss=f"{point.loss:.4f}")
         return path
 
-    def _is_full_step(self, path: list[GreedyPoint]) -> bool:
-        return len(path) % self.config.refresh_all_every == 1 % self.config.refresh_all_every
-
-    def step(self, point: GreedyPoint, *, everything: bool = True) -> GreedyPoint | None:
-        """Take the best moves from `point`, the point that the search stands at.
-
-        Args:
-            point: Native, or what the previous step returned.
-            everything: Evaluate all candidates, not only the promising ones.
-
-        Returns:
-            Where the moves lead, or None if no move saves compute.
-        """
-        moves = self.evaluate(point, everything=everything)
-        if not moves or moves[0].outcome.compute >= point.compute:
+    def _step(self, point: GreedyPoint, *, everything: bool) -> GreedyPoint | None:
+        """Take the best moves from `point`; None if no move saves compute."""
+        moves = self._evaluate_moves(point, everything=everything)
+        if not moves:
             return None
-        taken = moves[:1]
-        for move in moves[1:]:
+        taken: list[Move] = []
+        for move in moves:
             if len(taken) < self.config.moves and move.layer not in {other.layer for other in taken}:
                 taken.append(move)
         return self._take(point, taken)
@@ -151,24 +143,20 @@ class GreedySearch:
             return self._take(point, moves[:1])
         return _point(router, outcome)
 
-    def evaluate(self, point: GreedyPoint, *, everything: bool = True) -> list[Move]:
-        """Evaluate candidate moves from `point`, the point that the search stands at.
-
-        Returns:
-            The evaluated moves, best price first.
-        """
+    def _evaluate_moves(self, point: GreedyPoint, *, everything: bool) -> list[Move]:
+        """Moves that save compute, best price first; only promising ones unless `everything`."""
         candidates = self._candidates(point.router)
-        order = sorted(candidates, key=lambda key: self._prices.get(key, float("-inf")))
+        order = sorted(candidates, key=lambda key: self._prices.get(key, -math.inf))
         unknown = sum(key not in self._prices for key in order)
         chosen = order if everything else order[: max(unknown, self.config.refresh)]
         moves = {key: self._evaluate(point, key[0], candidates[key]) for key in chosen}
         self._prices |= {key: move.price for key, move in moves.items()}
-        return sorted(moves.values(), key=lambda move: move.price)
+        return sorted((move for move in moves.values() if move.price < math.inf), key=lambda move: move.price)
 
     def _evaluate(self, point: GreedyPoint, index: int, rule: SiteRule) -> Move:
         outcome = self._cache.measure(point.router.with_rule(index, rule), index)
         saved = point.compute - outcome.compute
-        price = (outcome.loss - point.loss) / saved if saved > 0 else float("inf")
+        price = (outcome.loss - point.loss) / saved if saved > 0 else math.inf
         return Move(index=index, layer=self.sites[index].layer, rule=rule, outcome=outcome, price=price)
 
     def _candidates(self, router: PerSiteRules) -> dict[tuple[int, Hashable], SiteRule]:
@@ -183,18 +171,17 @@ class GreedySearch:
 
     def _cheaper_rules(self, index: int, rule: ExpertRule) -> list[ExpertRule]:
         """The next rungs down, on the tokens as they reach the site; rungs that choose alike stand once."""
-        view = self._cache.view(index)
-        present = self._mean_compute(index, rule)
+        scores = self._cache.view(index).scores
+        present = self._mean_compute(index, rule, scores)
         by_compute: dict[float, ExpertRule] = {}
-        for rung in expert_ladder(view.site):
-            compute = self._mean_compute(index, rung)
+        for rung in expert_ladder(self.sites[index]):
+            compute = self._mean_compute(index, rung, scores)
             if compute <= present - self.config.least_saving:
                 by_compute.setdefault(compute, rung)
         return [by_compute[compute] for compute in sorted(by_compute, reverse=True)[: self.config.lookahead]]
 
-    def _mean_compute(self, index: int, rule: ExpertRule) -> float:
-        counts = rule.counts(self._cache.view(index).scores)
-        return counts.double().mean().item() * self._shares[index]
+    def _mean_compute(self, index: int, rule: ExpertRule, scores: Tensor) -> float:
+        return rule.counts(scores).double().mean().item() * self._shares[index]
 
 
 def _point(router: PerSiteRules, outcome: Outcome) -> GreedyPoint:

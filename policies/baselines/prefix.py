@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_backbone import Backbone, ComputeMeter, Router, SiteView, token_log_likelihood
+from moe_backbone.compute import ComputeMeter
+from moe_backbone.quality import token_log_likelihood
+from moe_backbone.sites import Backbone, Router, SiteView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +53,12 @@ class PrefixCache:
         """What a router sees of site `index` under the followed router."""
         return self.backbone.observe(self._states[index])
 
-    def compute(self, index: int, subset: Tensor) -> float:
-        """Mean fraction of native compute that `subset`, bool (num_tokens, num_units), costs at site `index`."""
-        return self.meter.flops(index, subset, self._positions).mean().item() / self.meter.native_flops
-
     @torch.no_grad()
     def _walk(self, router: Router, first: int, states: list[Any], computes: list[float]) -> Outcome:
         for index in range(first, len(self.backbone.sites)):
             subset = router.select(self.backbone.observe(states[index]))
-            computes.append(self.compute(index, subset))
+            flops = self.meter.flops(index, subset, self._positions).mean().item()
+            computes.append(flops / self.meter.native_flops)
             states.append(self.backbone.advance(states[index], subset))
         loss = -token_log_likelihood(self.backbone.finish(states[-1]), self.targets).mean().item()
         return Outcome(loss=loss, compute=sum(computes))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_backbone import Backbone, NativeRouter, Router, SiteView
+from moe_backbone.sites import Backbone, NativeRouter, Router, SiteView
 from policies.baselines.fixed import require
 from policies.baselines.prefix import PrefixCache
 

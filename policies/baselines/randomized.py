@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_backbone import NativeRouter, SiteView, best_units
+from moe_backbone.sites import NativeRouter, SiteView, best_units
 from policies.baselines.fixed import require, require_count
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RandomK:
     """`k` random experts for every token; heads native.
 
@@ -42,7 +42,7 @@ class RandomK:
         return best_units(_uniform(self.seed, view, len(view.scores)), self.k)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RandomSubset:
     """Every unit of every site on with the same probability, independently for each token.
 
@@ -64,7 +64,7 @@ class RandomSubset:
         return _uniform(self.seed, view, len(view.scores)) < self.rate
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RandomHeads:
     """A random share of the heads, the same for all tokens of a sequence; experts native.
 
@@ -76,7 +76,7 @@ class RandomHeads:
 
     share: float = 0.5
     """Fraction of a site's heads that run, rounded to whole heads."""
-    seed: int
+    seed: int = 0
     """Seed of the draws."""
 
     def __post_init__(self) -> None:

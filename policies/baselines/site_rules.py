@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_backbone import RoutingSite, SiteView, best_units
+from moe_backbone.sites import RoutingSite, SiteView, best_units
 
 THRESHOLDS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.75, 0.9)
 """Gate probabilities, fractions; cover the range between all native experts and none for small and large gates."""

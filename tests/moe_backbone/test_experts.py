@@ -39,13 +39,18 @@ def test_renormalized_weights_sum_to_one_whatever_the_gate_thinks() -> None:
     torch.testing.assert_close(weights, torch.tensor([[0.0, 0.5, 0.5]]))
 
 
-def test_shared_expert_runs_for_every_token() -> None:
-    """With no expert chosen, what is left is the shared SwiGLU expert."""
+def test_shared_expert_is_added_for_every_token() -> None:
+    """Chosen or not, routed experts come on top of the shared SwiGLU expert."""
     config = BackboneConfig(hidden_size=32, num_heads=4, shared_intermediate_size=8)
     layer = ExpertLayer(config)
     features = torch.randn(2, 3, config.hidden_size)
-    subset = torch.zeros(6, config.num_experts, dtype=torch.bool)
+    scores = layer.scores(features.flatten(0, 1))
+    subset = torch.rand(scores.shape) < 0.5
+    subset[0] = False
+    update = layer(features, scores, subset)
     assert layer.shared is not None
     gate, up = layer.shared[0](features).split(8, dim=-1)
-    expected = layer.shared[1](F.silu(gate) * up)
-    torch.testing.assert_close(layer(features, layer.scores(features.flatten(0, 1)), subset), expected)
+    shared = layer.shared[1](F.silu(gate) * up)
+    layer.shared = None
+    torch.testing.assert_close(update, layer(features, scores, subset) + shared)
+    torch.testing.assert_close(update[0, 0], shared[0, 0])

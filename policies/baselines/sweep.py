@@ -1,0 +1,95 @@
+"""The fixed routers of the evaluation table, each over its range of compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from moe_backbone.sites import Backbone, NativeRouter, Router
+from policies.baselines.fixed import Threshold, TopK, TopP
+from policies.baselines.greedy import GreedyPoint
+from policies.baselines.pruning import HeadPruning, head_importance, prune_heads
+from policies.baselines.randomized import RandomHeads, RandomK, RandomSubset
+
+SUBSET_RATES = (0.1, 0.25, 0.5, 0.75)
+HEAD_SHARES = (0.25, 0.5, 0.75)
+THRESHOLDS = ((0.1, False), (0.2, False), (0.3, True), (0.4, True), (0.5, False), (0.7, False))
+"""Gate probability, and whether every token uses at least one expert."""
+MASSES = (0.3, 0.5, 0.6, 0.75, 0.9)
+KEPT_HEAD_SHARES = (0.75, 0.5, 0.25)
+PRUNED_THRESHOLDS = ((0.2, False), (0.3, True), (0.4, True), (0.5, False))
+PRUNED_MASSES = (0.3, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """One row of the evaluation table."""
+
+    name: str
+    """Family of the router, such as `top-k`."""
+    setting: dict[str, Any]
+    """What tells it from others of its family: flat, JSON values."""
+    router: Router
+
+
+def fixed_routers(
+    backbone: Backbone, tokens: Tensor, targets: Tensor, *, seed: int, greedy: Sequence[GreedyPoint] = ()
+) -> list[FixedPoint]:
+    """The whole sweep: native, one-rule and random routers, those with static head pruning, and greedy search.
+
+    Families that choose heads are left out where the backbone has no head sites.
+
+    Args:
+        backbone: What the routers are for.
+        tokens: Training text that ranks the heads (num_sequences, seq_len), int64.
+        targets: Next tokens, same shape.
+        seed: Seed of the random routers.
+        greedy: Steps of `GreedySearch.run`; native, its first, may be among them.
+    """
+    points = [FixedPoint("native", {}, NativeRouter()), *_unpruned(backbone, seed)]
+    if any(site.kind == "heads" for site in backbone.sites):
+        points += [_point("random-heads", RandomHeads(share=share, seed=seed)) for share in HEAD_SHARES]
+        points += _pruned(backbone, tokens, targets, seed)
+    for step, point in enumerate(greedy):
+        setting = {"step": step, "training_compute": point.compute, "training_loss": point.loss}
+        points.append(FixedPoint("greedy", setting, point.router))
+    return points
+
+
+def _unpruned(backbone: Backbone, seed: int) -> Iterator[FixedPoint]:
+    """Families that need no text."""
+    experts = [site for site in backbone.sites if site.kind == "experts"]
+    counts = range(min(min(site.num_units, site.native_units + 1) for site in experts) + 1)
+    yield from (_point("top-k", TopK(k=k)) for k in counts)
+    yield from (_point("random-k", RandomK(k=k, seed=seed)) for k in counts)
+    yield from (_point("random-subset", RandomSubset(rate=rate, seed=seed)) for rate in SUBSET_RATES)
+    yield from (_threshold("threshold", *threshold) for threshold in THRESHOLDS)
+    yield from (_point("top-p", TopP(mass=mass)) for mass in MASSES)
+
+
+def _pruned(backbone: Backbone, tokens: Tensor, targets: Tensor, seed: int) -> Iterator[FixedPoint]:
+    """Expert rules over the most important heads only."""
+    native = min(site.native_units for site in backbone.sites if site.kind == "experts")
+    bases = [_point("top-k+pruning", TopK(k=k)) for k in range(1, native + 1)]
+    bases.append(_point("random-k+pruning", RandomK(k=native, seed=seed)))
+    bases += [_threshold("threshold+pruning", *threshold) for threshold in PRUNED_THRESHOLDS]
+    bases += [_point("top-p+pruning", TopP(mass=mass)) for mass in PRUNED_MASSES]
+    importance = head_importance(backbone, tokens, targets)
+    num_heads = sum(map(len, importance.values()))
+    for share in KEPT_HEAD_SHARES:
+        keep = round(share * num_heads)
+        kept = prune_heads(importance, keep)
+        for base in bases:
+            yield FixedPoint(base.name, base.setting | {"heads_kept": keep}, HeadPruning(base.router, kept))
+
+
+def _threshold(name: str, probability: float, at_least_one: bool) -> FixedPoint:
+    return _point(name, Threshold(probability=probability, at_least_one=at_least_one))
+
+
+def _point(name: str, router: TopK | RandomK | RandomSubset | RandomHeads | Threshold | TopP) -> FixedPoint:
+    """The router's own fields are its setting."""
+    return FixedPoint(name, asdict(router), router)
