@@ -36,7 +36,7 @@ def load_router(folder: Path, backbone: Backbone) -> LinearRouter:
         if description["format"] != FORMAT:
             raise ValueError(f"router format must be {FORMAT}, got {description['format']} in {folder}")
         spec = RouterSpec.from_json(description["router"])
-        made_for = description["backbone_sha256"]
+        made_for = str(description["backbone_sha256"])
     except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(
             f"router folder must hold readable {WEIGHTS} and {DESCRIPTION}, got {folder}: {error}"
@@ -51,4 +51,6 @@ def load_router(folder: Path, backbone: Backbone) -> LinearRouter:
         router.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"router weights must fit {DESCRIPTION}, got {folder}: {error}".replace("\n", " ")) from None
+    if not all(weight.isfinite().all() for weight in router.parameters()):
+        raise ValueError(f"router weights must be finite, got NaN or infinity in {folder / WEIGHTS}")
     return router.requires_grad_(False)

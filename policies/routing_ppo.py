@@ -78,7 +78,7 @@ class RoutingPPO(PPO):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        if self.advantage == "leave_one_out":
+        if self.advantage == "leave_one_out" and self.env is not None:  # loaded without one to predict only
             self._check_groups()
 
     def _check_groups(self) -> None:
@@ -108,6 +108,7 @@ class RoutingPPO(PPO):
         """Go on with the generators where `keep_generators` saw them."""
         torch.set_rng_state(torch.tensor(self.generator_states["torch"], dtype=torch.uint8))
         if self.generator_states["env"] is not None:
+            self._last_obs = self.env.reset()  # type: ignore[union-attr, assignment]  # or `learn` would, and seed it
             self.env.generator.bit_generator.state = self.generator_states["env"]  # type: ignore[union-attr]
 
     def collect_rollouts(

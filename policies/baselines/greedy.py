@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,15 +28,15 @@ class GreedyConfig:
 
     stop_compute: float = 0.3
     """Stop at this fraction of native compute."""
-    lookahead: int = 3
+    lookahead: int = 6
     """Cheaper expert rules tried at every site, next ones first."""
     least_saving: float = 0.003
     """Smallest fraction of native compute for which an expert rule counts as cheaper: tiny steps drown in noise."""
     moves: int = 2
     """Most moves of a step; all in different layers."""
     refresh: int = 8
-    """Candidates evaluated anew at an ordinary step: the unknown ones and the best of the known."""
-    refresh_all_every: int = 5
+    """Fewest candidates evaluated at a step, those that looked best before; more while one may be among the best."""
+    refresh_all_every: int = 8
     """Steps from one evaluation of all candidates to the next."""
 
     def __post_init__(self) -> None:
@@ -81,8 +82,8 @@ class GreedySearch:
     """From native routing downwards, always the moves that raise the loss least per compute saved.
 
     A move takes one head from a site, or gives an expert site one of its next cheaper rules. Evaluating a move runs
-    only the sites from the changed one on. Prices change slowly, so most steps evaluate only the moves that looked
-    best before, and every few steps evaluate all.
+    only the sites from the changed one on. Prices mostly rise as units go, so most steps evaluate moves in order of
+    their last price until no other can be among the best; every few steps evaluate all.
 
     Args:
         backbone: What computes.
@@ -113,7 +114,6 @@ class GreedySearch:
         outcome = self._cache.follow(router)
         path = list(points) or [_point(router, outcome)]
         self._prices.clear()
-        stop = self.config.stop_compute
         stop, every = self.config.stop_compute, self.config.refresh_all_every
         with tqdm(total=100, desc="greedy search", unit="%", disable=not progress, dynamic_ncols=True) as bar:
             while path[-1].compute > stop and (point := self._step(path[-1], everything=len(path) % every == 0)):
@@ -135,23 +135,28 @@ class GreedySearch:
 
     def _take(self, point: GreedyPoint, moves: list[Move]) -> GreedyPoint:
         """Apply moves together; the first alone if the others, through what they change downstream, save nothing."""
+        first = min(move.index for move in moves)
         router = point.router
         for move in moves:
             router = router.with_rule(move.index, move.rule)
-        outcome = self._cache.follow(router, min(move.index for move in moves))
+        outcome = self._cache.follow(router, first)
         if len(moves) > 1 and outcome.compute >= moves[0].outcome.compute:
-            return self._take(point, moves[:1])
+            router = point.router.with_rule(moves[0].index, moves[0].rule)
+            outcome = self._cache.follow(router, first)
         return _point(router, outcome)
 
     def _evaluate_moves(self, point: GreedyPoint, *, everything: bool) -> list[Move]:
-        """Moves that save compute, best price first; only promising ones unless `everything`."""
+        """Moves that save compute, best price first; unless `everything`, only while one may be among the best."""
         candidates = self._candidates(point.router)
-        order = sorted(candidates, key=lambda key: self._prices.get(key, -math.inf))
-        unknown = sum(key not in self._prices for key in order)
-        chosen = order if everything else order[: max(unknown, self.config.refresh)]
-        moves = {key: self._evaluate(point, key[0], candidates[key]) for key in chosen}
-        self._prices |= {key: move.price for key, move in moves.items()}
-        return sorted((move for move in moves.values() if move.price < math.inf), key=lambda move: move.price)
+        moves: list[Move] = []
+        for key in sorted(candidates, key=lambda key: self._prices.get(key, -math.inf)):
+            enough = len(moves) >= self.config.refresh and not everything
+            if enough and self._prices.get(key, -math.inf) > moves[: self.config.moves][-1].price:
+                break
+            move = self._evaluate(point, key[0], candidates[key])
+            insort(moves, move, key=lambda move: move.price)
+            self._prices[key] = move.price
+        return [move for move in moves if move.price < math.inf]
 
     def _evaluate(self, point: GreedyPoint, index: int, rule: SiteRule) -> Move:
         outcome = self._cache.measure(point.router.with_rule(index, rule), index)

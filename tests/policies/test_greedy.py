@@ -91,6 +91,21 @@ def test_first_move_is_the_best_of_all_by_brute_force(backbone, text):
     assert first.router in prices
 
 
+def test_a_second_move_that_saves_nothing_is_not_taken(backbone, text):
+    search = GreedySearch(backbone, *text, GreedyConfig())
+    native = native_rules(backbone.sites)
+    router = native.with_rule(0, HeadRule(kept=(0, 1)))
+    loss, compute = measure(backbone, text, router)
+    search.run([GreedyPoint(router=router, loss=loss, compute=0.0)], progress=False)
+    point = GreedyPoint(router=router, loss=loss, compute=compute)
+    good = search._evaluate(point, 3, ExpertRule(most=0))
+    bad = search._evaluate(point, 0, native.rules[0])
+    taken = search._take(point, [good, bad])
+    expected = router.with_rule(3, ExpertRule(most=0))
+    assert taken.router == expected
+    assert (taken.loss, taken.compute) == pytest.approx(measure(backbone, text, expected), abs=1e-6)
+
+
 def test_measuring_a_change_equals_a_full_run_and_leaves_the_cache_alone(backbone, text):
     cache = PrefixCache(backbone, *text)
     followed = cache.follow(native_rules(backbone.sites))
