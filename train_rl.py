@@ -255,7 +255,7 @@ class Run:
 
     def evaluate(self) -> None:
         """Score the learned router and all fixed ones on the test documents."""
-        router = self.model.policy.router  # type: ignore[union-attr]
+        router = self.model.policy.router
         evaluation = evaluate(self.backbone, self.corpus, router, self.config.evaluation, seed=self.config.seed)  # type: ignore[arg-type]
         write_report(evaluation, self.backbone, self.corpus, self.folder)
 
