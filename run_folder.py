@@ -63,10 +63,12 @@ def read_config(folder: Path, kind: type[Config]) -> Config:
 
 def _build(kind: Any, data: Any) -> Any:
     """Values of a dataclass, read back from JSON."""
+    if not isinstance(data, dict):
+        raise TypeError(f"{kind.__name__} must be an object, not {data!r}")
     hints = get_type_hints(kind)
     known = {field.name for field in fields(kind)}
-    if unknown := set(data) - known:
-        raise KeyError(f"unknown settings {sorted(unknown)}")
+    if wrong := set(data) ^ known:
+        raise KeyError(f"unknown or missing settings {', '.join(sorted(wrong))}")
     return kind(**{name: _value(hints[name], value) for name, value in data.items()})
 
 
@@ -77,4 +79,6 @@ def _value(hint: Any, value: Any) -> Any:
         return tuple(_value(get_args(hint)[0], item) for item in value)
     if value is not None and (hint is Path or Path in get_args(hint)):
         return Path(value)
+    if isinstance(value, dict | list):
+        raise TypeError(f"{value!r} is no single value")
     return value

@@ -221,7 +221,7 @@ class Run:
                 raise
             self.save()
         write_atomic(self.folder / "router.zip", lambda path: self.model.save(path))
-        save_router(self.model.policy.router, self.folder, self.backbone)  # type: ignore[union-attr, arg-type]
+        save_router(self.model.policy.router, self.folder, self.backbone)  # type: ignore[arg-type]
 
     def _callbacks(self) -> CallbackList:
         config = self.config

@@ -199,6 +199,12 @@ class RoutingMDP:
             observation = self.layout.pack(self.backbone.observe(self.state))
         return Step(observation=observation, reward=reward, cost=cost, quality=gained, terminated=terminated)
 
+    @property
+    def unit_price(self) -> Tensor:
+        """What one unit of the current site costs each lane, nats: price times its compute (num_lanes,), float32."""
+        flops = self.meter.unit_flops(self.state.site_index, self.state.positions)
+        return self.state.price * (flops / self.meter.native_flops).float()
+
     def decode(self, action: Tensor) -> Tensor:
         """Subset of the current site that an action means: bool (num_lanes, num_units)."""
         view = self.backbone.observe(self.state)

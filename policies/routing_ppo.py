@@ -19,6 +19,7 @@ from policies.router_policy import RouterPolicy
 class _Step(Protocol):
     observation: Tensor
     reward: Tensor
+    quality: Tensor
 
 
 class Episode(NamedTuple):
@@ -32,7 +33,11 @@ class Episode(NamedTuple):
     log_probs: Tensor
     """Of the actions when they were taken (num_sites, num_lanes), nats."""
     advantages: Tensor
-    """(num_sites, num_lanes), nats."""
+    """Without the cost of the site's own units (num_sites, num_lanes), nats."""
+    unit_price: Tensor
+    """What one unit costs (num_sites, num_lanes), nats."""
+    weight: Tensor
+    """How much a lane counts (num_sites, num_lanes)."""
 
 
 class RoutingPPO(PPO):
@@ -40,14 +45,18 @@ class RoutingPPO(PPO):
 
     With `advantage="leave_one_out"` an update runs whole episodes of the environment's groups. The advantage of a
     lane at a site is its return to go minus the mean of the other rollouts of the same token (arXiv:1803.08475); no
-    critic is trained and gamma is 1. Tensors stay where the environment has them. With `advantage="gae"` everything
-    is SB3's own.
+    critic is trained and gamma is 1. Costs enter as expectations under the policy, not as sampled: those of later
+    sites in the return, that of the site itself as a differentiable term of the loss. That leaves the gradient's
+    mean as it is and takes noise out of it. Tensors stay where the environment has them. With `advantage="gae"`
+    everything is SB3's own.
 
     Args:
         policy: `RouterPolicy`, or for `gae` any SB3 policy.
         env: `RoutingVecEnv`; for `leave_one_out` with at least two rollouts a sequence.
         advantage: See above.
         batch_size: Transitions of a minibatch; whole lanes with all their sites.
+        price_balance: Lanes count in proportion to `price ** -price_balance`; without it high prices, whose returns
+            vary most, would drown the low ones.
         **kwargs: SB3's arguments of PPO. Defaults that differ: n_steps = sites of the environment, n_epochs 3,
             gamma 1, gae_lambda 1 and vf_coef 0 for `leave_one_out`.
 
@@ -64,12 +73,14 @@ class RoutingPPO(PPO):
         *,
         advantage: Literal["leave_one_out", "gae"] = "leave_one_out",
         batch_size: int = 4096,
+        price_balance: float = 0.5,
         _init_setup_model: bool = True,
         **kwargs: Any,
     ) -> None:
         if advantage not in ("leave_one_out", "gae"):
             raise ValueError(f"advantage must be 'leave_one_out' or 'gae', got {advantage!r}")
         self.advantage = advantage
+        self.price_balance = price_balance
         if env is not None and hasattr(env, "num_sites"):
             kwargs.setdefault("n_steps", env.num_sites)
         if advantage == "leave_one_out":
@@ -121,36 +132,43 @@ class RoutingPPO(PPO):
         self.policy.set_training_mode(False)
         callback.on_rollout_start()
         observation = env.reset_tensor()  # type: ignore[attr-defined]
-        observations, actions, log_probs, rewards = [], [], [], []
+        observations, actions, log_probs, unit_prices, steps, expected_costs = [], [], [], [], [], []
         for site in range(env.num_sites):  # type: ignore[attr-defined]
             with torch.no_grad():
                 logits = self.policy.step_logits(observation, site)
                 action = torch.rand_like(logits) < logits.sigmoid()
                 log_probs.append(bits_log_prob(logits, action))
+                unit_prices.append(env.mdp.unit_price)  # type: ignore[attr-defined]
+                expected_costs.append(unit_prices[-1] * logits.sigmoid().sum(1))
             step: _Step = env.step_tensor(action)  # type: ignore[attr-defined]
             observations.append(observation)
             actions.append(action)
-            rewards.append(step.reward)
+            steps.append(step)
             observation = step.observation
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
-        reward = torch.stack(rewards)
+        later_costs = torch.stack([*expected_costs[1:], torch.zeros_like(expected_costs[0])])
+        gains = torch.stack([step.quality for step in steps]) - later_costs
         seq_len = env.num_envs // (env.mdp.num_sequences * self._copies())  # type: ignore[attr-defined]
-        advantages = leave_one_out(reward, self._copies(), seq_len)
+        inputs, priors, log_price = self.policy.episode_inputs(torch.stack(observations))
         self._episode = Episode(
-            *self.policy.episode_inputs(torch.stack(observations)),
+            inputs,
+            priors,
+            log_price,
             torch.stack(actions),
             torch.stack(log_probs),
-            advantages,
+            leave_one_out(gains, self._copies(), seq_len),
+            torch.stack(unit_prices),
+            (-self.price_balance * log_price.squeeze(2)).exp(),
         )
-        self._log_episode(reward, advantages)
+        self._log_episode(torch.stack([step.reward for step in steps]))
         callback.on_rollout_end()
         return True
 
-    def _log_episode(self, reward: Tensor, advantages: Tensor) -> None:
-        episode_return = reward.sum(0)
+    def _log_episode(self, reward: Tensor) -> None:
+        episode_return, advantages = reward.sum(0), self._episode.advantages
         assert self.ep_info_buffer is not None
         self.ep_info_buffer.append({"r": episode_return.mean().item(), "l": len(reward), "t": 0.0})
         explained = 1 - advantages[0].var() / episode_return.var().clamp_min(1e-12)
@@ -184,12 +202,14 @@ class RoutingPPO(PPO):
         return None
 
     def _loss(self, lanes: Episode) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Clipped surrogate minus entropy bonus; KL estimate, clip fraction and entropy beside it."""
+        """Clipped surrogate minus entropy bonus plus own cost; KL estimate, clip fraction and entropy beside it."""
         assert isinstance(self.policy, RouterPolicy)
         logits = self.policy.router.site_logits(lanes.inputs, lanes.priors, lanes.log_price)
-        advantages = lanes.advantages
+        advantages = lanes.weight * lanes.advantages
+        cost = (lanes.weight * lanes.unit_price * logits.sigmoid().sum(-1)).mean()
         if self.normalize_advantage:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+            scale = advantages.std() + 1e-8
+            advantages, cost = (advantages - advantages.mean()) / scale, cost / scale
         clip = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
         log_ratio = bits_log_prob(logits, lanes.actions) - lanes.log_probs
         ratio = log_ratio.exp()
@@ -198,7 +218,7 @@ class RoutingPPO(PPO):
         with torch.no_grad():
             divergence = (ratio - 1 - log_ratio).mean()
             clipped = ((ratio - 1).abs() > clip).float().mean()
-        return -surrogate - self.ent_coef * entropy, (divergence, clipped, entropy.detach())
+        return cost - surrogate - self.ent_coef * entropy, (divergence, clipped, entropy.detach())
 
     def _descend(self, loss: Tensor) -> Tensor:
         """One optimiser step; the gradient's norm before clipping."""

@@ -29,7 +29,6 @@ NUM_SITES, MAX_UNITS, NUM_HEADS, SEQ_LEN = 4, 4, 2, 8
 LANES = 2 * SEQ_LEN
 CODECS: tuple[Literal["subset", "count"], ...] = ("subset", "count")
 ALL_UNITS = np.ones((LANES, MAX_UNITS), dtype=np.int8)
-Door = Callable[[EnvConfig], Any]
 
 
 @pytest.fixture

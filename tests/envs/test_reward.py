@@ -95,6 +95,18 @@ def test_step_reward_by_hand() -> None:
     assert step_reward(price, compute, torch.tensor([1.0, -1.0])).tolist() == [0.875, -1.25]
 
 
+def test_unit_price_is_what_one_more_unit_costs(backbone: MoETransformer, source: TokenSource) -> None:
+    """Times the chosen units it is the cost that the step takes off the reward, at every site and position."""
+    mdp = _mdp(backbone, source)
+    mdp.begin(_draw(mdp))
+    generator = torch.Generator().manual_seed(SEED)
+    for site in backbone.sites:
+        action = torch.rand(mdp.num_lanes, mdp.layout.max_units, generator=generator) < 0.5
+        paid = mdp.unit_price * action[:, : site.num_units].sum(1)
+        step = mdp.step(action)
+        torch.testing.assert_close(step.reward - step.quality, -paid, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_native_rollout_earns_nothing_and_pays_the_price_of_one(
     backbone: MoETransformer, source: TokenSource, kind: Literal["kl", "log_likelihood", "accuracy"]

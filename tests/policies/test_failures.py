@@ -161,17 +161,16 @@ def test_results_respond_to_reward_type_and_price() -> None:
 
 @pytest.mark.parametrize("bug", ["price ignored", "kind ignored", "no reward"])
 def test_results_that_ignore_the_reward_are_seen(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted: a reward without its coefficient, without its type, and none at all."""
-    step_reward, quality = mdp_module.step_reward, mdp_module.quality
+    """Planted: costs without their price, quality without its type, and neither of the two."""
+    quality, unit_price = mdp_module.quality, RoutingMDP.unit_price.fget
+    assert unit_price is not None
+    if bug == "price ignored":
+        monkeypatch.setattr(RoutingMDP, "unit_price", property(lambda mdp: unit_price(mdp) / mdp.state.price))
     if bug == "kind ignored":
         monkeypatch.setattr(mdp_module, "quality", lambda kind, *tensors: quality("kl", *tensors))
-    else:
-        factor = 0.0 if bug == "no reward" else 1.0
-
-        def wrong(price: Tensor, compute: Tensor, gained: Tensor | None) -> Tensor:
-            return factor * step_reward(torch.ones_like(price), compute, gained)
-
-        monkeypatch.setattr(mdp_module, "step_reward", wrong)
+    if bug == "no reward":
+        monkeypatch.setattr(mdp_module, "quality", lambda *args: 0 * quality(*args))
+        monkeypatch.setattr(RoutingMDP, "unit_price", property(lambda mdp: 0 * unit_price(mdp)))
     with pytest.raises(AssertionError):
         check_results_respond_to_the_reward()
 
@@ -199,9 +198,12 @@ def test_results_respond_to_the_entropy_bonus(monkeypatch: pytest.MonkeyPatch) -
 
 
 def check_gradient_norm_is_logged_and_not_zero() -> None:
-    """Centred advantages at ratio 1 make the loss zero by construction; the gradient is not, and the log says so."""
-    logged = _one_update(_model())
-    assert abs(logged["train/loss"]) < 1e-6
+    """Centred advantages at ratio 1 make the loss zero by construction, up to the cost, which is next to nothing here.
+
+    The gradient is not zero, and the log says so.
+    """
+    logged = _one_update(_model(replace(PLANTED_RULES, price_low=1e-6, price_high=1e-6)))
+    assert abs(logged["train/loss"]) < 1e-5
     assert logged.get("train/gradient_norm", 0.0) > 1e-3
     assert logged["train/advantage_std"] > 1e-3
     assert logged["train/entropy"] > 0
@@ -238,24 +240,17 @@ def check_gradient_scale_by_depth() -> None:
     Deeper episodes that repeat the same transitions pull a parameter shared by all sites exactly as hard. Deeper
     episodes whose other sites have no advantage leave a site the gradient of a shallow one over the number of sites.
     """
-    lanes, units = 16, max(UNITS)
-    generator = torch.Generator().manual_seed(0)
     model = _model(normalize_advantage=False)
-    spec = _router(model).spec
-    parts = [torch.randn(1, lanes, width, generator=generator) for width in (spec.num_inputs, units)]
-    actions = torch.rand(1, lanes, units, generator=generator) < 0.5
-    advantages = torch.randn(1, lanes, generator=generator)
+    expert_site, spec = Episode(*(part[1:] for part in _collect(model))), _router(model).spec
     shared, own = [], []
     for depth in (1, 2, 8):
         router = model.policy.router = LinearRouter(replace(spec, sites=spec.sites[1:] * depth))
-        inputs, priors, bits = (part.expand(depth, -1, -1) for part in (*parts, actions))
-        log_price = torch.zeros(depth, lanes, 1)
-        old = bits_log_prob(router.site_logits(inputs, priors, log_price), bits).detach()
-        episode = Episode(inputs, priors, log_price, bits, old, advantages.expand(depth, -1))
+        episode = Episode(*(part.expand(depth, *part.shape[1:]) for part in expert_site))
         (gradient,) = torch.autograd.grad(model._loss(episode)[0], router.weight)
         shared.append(gradient.sum(0))
-        only_first = torch.cat((advantages, torch.zeros(depth - 1, lanes)))
-        (gradient,) = torch.autograd.grad(model._loss(episode._replace(advantages=only_first))[0], router.weight)
+        first = torch.arange(depth).eq(0).unsqueeze(1)
+        rewards = {name: getattr(episode, name) * first for name in ("advantages", "unit_price")}
+        (gradient,) = torch.autograd.grad(model._loss(episode._replace(**rewards))[0], router.weight)
         own.append(depth * gradient[0])
     for gradients in (shared, own):
         assert gradients[0].abs().max() > 1e-3
@@ -420,13 +415,14 @@ def _return_so_far(rewards: Tensor, copies: int, seq_len: int) -> Tensor:
     return leave_one_out(rewards.flip(0), copies, seq_len).flip(0)
 
 
-GRADIENT_BUGS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+GRADIENT_BUGS: dict[str, tuple[Any, str, Any]] = {
     "argmax": (torch, "rand_like", lambda logits: torch.full_like(logits, 0.5)),
     "opposite bits": (routing_ppo, "bits_log_prob", lambda logits, bits: bits_log_prob(logits, ~bits)),
     "sign": (routing_ppo, "leave_one_out", lambda *args: -leave_one_out(*args)),
     "reward only": (routing_ppo, "leave_one_out", _only_own_reward),
     "return so far": (routing_ppo, "leave_one_out", _return_so_far),
     "other lane": (routing_ppo, "leave_one_out", lambda *args: leave_one_out(*args).roll(1, 1)),
+    "no cost": (RoutingMDP, "unit_price", property(lambda mdp: torch.zeros_like(mdp.state.price))),
     "half": (routing_ppo, "leave_one_out", lambda *args: leave_one_out(*args) / 2),
 }
 
@@ -510,6 +506,17 @@ def test_baseline_times_score_is_zero_in_expectation() -> None:
     assert with_return.item() > 0.1
 
 
+def test_lanes_count_by_their_price() -> None:
+    """In proportion to one over its root, so that high prices do not drown the low ones; all alike if asked."""
+    rules = replace(PLANTED_RULES, price_low=0.04, price_high=4.0)
+    for balance in (0.5, 0.0):
+        model = _model(rules, price_balance=balance)
+        episode = _collect(model)
+        price = episode.log_price.squeeze(2).exp()
+        assert price.std() > 0.1
+        torch.testing.assert_close(episode.weight, price**-balance)
+
+
 # Router shift
 
 
@@ -552,7 +559,8 @@ def test_ratios_outside_the_clip_have_no_pull() -> None:
     """Once an action is likelier than the clip allows, more of it earns nothing; the other way it still does."""
     model = _model(normalize_advantage=False)
     episode = _collect(model)
-    doubled = episode._replace(log_probs=episode.log_probs - torch.tensor(2.0).log())  # ratio 2, clip range 0.2
+    log_probs = episode.log_probs - torch.tensor(2.0).log()  # ratio 2, clip range 0.2
+    doubled = episode._replace(log_probs=log_probs, unit_price=torch.zeros_like(episode.unit_price))
     for advantage, pulls in ((1.0, False), (-1.0, True)):
         loss, (_, clipped, _) = model._loss(doubled._replace(advantages=torch.full_like(episode.advantages, advantage)))
         (gradient,) = torch.autograd.grad(loss, _router(model).weight)
