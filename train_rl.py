@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import tyro
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
-from stable_baselines3.common.logger import configure
+from stable_baselines3.common.logger import Figure, configure
 from stable_baselines3.common.utils import LinearSchedule
 
 from envs import CorpusSource, EnvConfig, RoutingVecEnv
@@ -93,7 +93,7 @@ class TrainConfig:
     corpus: tuple[Path, ...] = ()
     """Files and folders of text, `.jsonl` or `.gz`; none for the source of the Python standard library."""
     random_routing: float | None = None
-    """Last share of pretraining with random subsets, 0 for none and 1 (or no value) for all; None for
+    """Share of sequences pretrained under random subsets: 0 for none, 0.5 if no value is given; None for
     `pretrain.random_routing`."""
     eval_times: int = 4
     """Short looks at the validation documents during training, for TensorBoard."""
@@ -258,6 +258,9 @@ class Run:
         router = self.model.policy.router
         evaluation = evaluate(self.backbone, self.corpus, router, self.config.evaluation, seed=self.config.seed)  # type: ignore[arg-type]
         write_report(evaluation, self.backbone, self.corpus, self.folder)
+        figure = Figure(tradeoff_figure(evaluation.curves, evaluation.evaluator.native), close=False)
+        self.model.logger.record("figures/all_routers", figure, exclude=("stdout", "log", "json", "csv"))
+        self.model.logger.dump(self.model.num_timesteps)
 
 
 def run(config: TrainConfig) -> Path:
@@ -295,10 +298,10 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     words = list(arguments)
     if not words or words[0] not in PRESETS:
         words.insert(0, "small")
-    if "--random-routing" in words:  # bare flag: all of pretraining
+    if "--random-routing" in words:  # bare flag
         place = words.index("--random-routing") + 1
         if place == len(words) or words[place].startswith("-"):
-            words.insert(place, "1.0")
+            words.insert(place, "0.5")
     return tyro.extras.overridable_config_cli(PRESETS, args=words, description=__doc__)
 
 

@@ -22,11 +22,11 @@ class BackboneConfig:
     """Transformer layers; each has one attention site and one expert site."""
     num_heads: int = 8
     """Attention heads a layer."""
-    num_experts: int = 8
+    num_experts: int = 16
     """Experts a layer."""
-    top_k: int = 2
+    top_k: int = 4
     """Experts a token uses under native routing."""
-    intermediate_size: int = 192
+    intermediate_size: int = 96
     """Inner width of one SwiGLU expert."""
     shared_intermediate_size: int = 0
     """Inner width of an expert that every token always uses; 0 for none."""

@@ -26,10 +26,8 @@ from moe_backbone.transformer import MoETransformer, balance_loss
 
 logger = logging.getLogger(__name__)
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Raised when this file trains other weights from the same settings."""
-LEAST_HEADS = 0.4
-"""Smallest share of heads that random routing keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +48,10 @@ class PretrainConfig:
     """AdamW weight decay."""
     balance_weight: float = 0.01
     """Weight of the load-balance loss of the native gate."""
-    random_routing: float = 0.0
-    """Last share of training in which tokens use random numbers of experts and sequences random heads; 0 to 1."""
-    native_share: float = 0.5
-    """Share of sequences that keep native routing meanwhile."""
+    random_routing: float = 0.1
+    """Share of sequences trained with random numbers of experts per token and random subsets of heads; 0 to 1."""
+    random_from: float = 0.0
+    """Share of training that passes before random routing starts; 0 for all of training, 0.7 for the last 30 %."""
     eval_every: int = 100
     """Steps between looks at the validation documents."""
     patience: int = 4
@@ -65,7 +63,7 @@ class PretrainConfig:
         for name in ("steps", "sequences", "eval_every", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("random_routing", "native_share"):
+        for name in ("random_routing", "random_from"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if not self.learning_rate > 0:
@@ -75,9 +73,9 @@ class PretrainConfig:
 class RandomRouting:
     """Native routing for some sequences; for the rest a random number of experts per token and random heads.
 
-    A random sequence draws at each head site the share of heads it keeps, uniform from `LEAST_HEADS` to 1, then each
-    of its tokens its own heads at that rate. The number of experts is uniform from 0 to the native number for each
-    token and site, best gate scores first.
+    A random sequence draws at each head site the share of heads it keeps, uniform from 0 to 1, then each of its tokens
+    its own heads at that rate. The number of experts is uniform from 0 to one above the native number for each token
+    and site, best gate scores first.
     """
 
     def __init__(self, native_share: float, generator: torch.Generator) -> None:
@@ -199,8 +197,8 @@ class Pretraining:
         settings = self.pretrain
         tokens, targets = self.corpus.train.sample(settings.sequences, self.config.seq_len, self.batches)
         tokens, targets = tokens.to(self.device), targets.to(self.device)
-        random = self.step >= settings.steps * (1 - settings.random_routing)
-        router = _Recorder(RandomRouting(settings.native_share, self.noise) if random else NativeRouter())
+        random = settings.random_routing > 0 and self.step >= settings.steps * settings.random_from
+        router = _Recorder(RandomRouting(1 - settings.random_routing, self.noise) if random else NativeRouter())
         logits, _ = self.backbone.run(tokens, router)
         loss = -token_log_likelihood(logits, targets).mean()
         loss = loss + settings.balance_weight * balance_loss(router.scores, router.subsets)

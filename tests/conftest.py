@@ -55,7 +55,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def tiny_config() -> BackboneConfig:
     """The smallest sizes at which every rule still shows."""
-    return BackboneConfig(hidden_size=32, num_layers=2, num_heads=4, num_experts=4, intermediate_size=16, seq_len=16)
+    return BackboneConfig(
+        hidden_size=32, num_layers=2, num_heads=4, num_experts=4, top_k=2, intermediate_size=16, seq_len=16
+    )
 
 
 @pytest.fixture

@@ -627,15 +627,15 @@ def test_presets_parse() -> None:
     ("words", "share"),
     [
         ([], None),
-        (["--random-routing"], 1.0),
-        (["--random-routing", "--seed", "1"], 1.0),
-        (["--random-routing", "0.5"], 0.5),
-        (["base", "--random-routing"], 1.0),
+        (["--random-routing"], 0.5),
+        (["--random-routing", "--seed", "1"], 0.5),
+        (["--random-routing", "0.25"], 0.25),
+        (["base", "--random-routing"], 0.5),
     ],
     ids=["none", "bare", "bare before a flag", "half", "bare after a preset"],
 )
-def test_random_routing_without_a_number_means_all_of_pretraining(words: list[str], share: float | None) -> None:
-    """A bare flag is a share of one."""
+def test_random_routing_without_a_number_means_half_of_the_sequences(words: list[str], share: float | None) -> None:
+    """A bare flag is a share of one half."""
     assert parse(words).random_routing == share
 
 

@@ -11,7 +11,7 @@ from envs import TokenSource
 from moe_backbone import BackboneConfig, MoETransformer
 
 CONFIG = BackboneConfig(
-    vocab_size=32, hidden_size=32, num_layers=2, num_heads=2, num_experts=4, intermediate_size=16, seq_len=8
+    vocab_size=32, hidden_size=32, num_layers=2, num_heads=2, num_experts=4, top_k=2, intermediate_size=16, seq_len=8
 )
 """Two heads and four experts: an action has units that head sites do not have."""
 

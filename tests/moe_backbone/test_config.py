@@ -20,8 +20,8 @@ from moe_backbone.pretrain import PretrainConfig
         pytest.param({"num_experts": 0}, "num_experts must be at least 1, got 0", id="num_experts"),
         pytest.param({"intermediate_size": 0}, "intermediate_size must be at least 1, got 0", id="intermediate_size"),
         pytest.param({"seq_len": 1}, "seq_len must be at least 2, got 1", id="seq_len"),
-        pytest.param({"top_k": 9}, "top_k must lie in [1, num_experts=8], got 9", id="top_k above"),
-        pytest.param({"top_k": 0}, "top_k must lie in [1, num_experts=8], got 0", id="top_k below"),
+        pytest.param({"top_k": 17}, "top_k must lie in [1, num_experts=16], got 17", id="top_k above"),
+        pytest.param({"top_k": 0}, "top_k must lie in [1, num_experts=16], got 0", id="top_k below"),
         pytest.param(
             {"hidden_size": 40}, "hidden_size must be a multiple of 2 * num_heads=16, got 40", id="odd head size"
         ),
@@ -47,7 +47,7 @@ def test_backbone_config_names_what_is_wrong(changes: dict[str, Any], message: s
         pytest.param({"eval_every": 0}, "eval_every must be at least 1, got 0", id="eval_every"),
         pytest.param({"patience": 0}, "patience must be at least 1, got 0", id="patience"),
         pytest.param({"random_routing": 1.5}, "random_routing must lie in [0, 1], got 1.5", id="random_routing"),
-        pytest.param({"native_share": -0.5}, "native_share must lie in [0, 1], got -0.5", id="native_share"),
+        pytest.param({"random_from": -0.5}, "random_from must lie in [0, 1], got -0.5", id="random_from"),
         pytest.param({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0", id="learning_rate"),
         pytest.param({"learning_rate": float("nan")}, "learning_rate must be positive, got nan", id="nan"),
     ],

@@ -26,7 +26,7 @@ from moe_backbone.pretrain import (
 )
 from moe_backbone.sites import RoutingSite
 
-SETTINGS = PretrainConfig(steps=20, sequences=4, eval_every=5, random_routing=0.75)
+SETTINGS = PretrainConfig(steps=20, sequences=4, eval_every=5, random_routing=0.5, random_from=0.25)
 FIRST_RANDOM_STEP = 5
 INTERRUPTED_AT = 13
 LAST_LOOK = 10
@@ -142,7 +142,7 @@ def test_every_setting_is_part_of_the_key(tiny_corpus: Corpus, tiny_config: Back
         backbone_key(tiny_corpus, replace(tiny_config, top_k=1), SETTINGS),
         backbone_key(tiny_corpus, replace(tiny_config, mixing="keep"), SETTINGS),
         backbone_key(tiny_corpus, tiny_config, replace(SETTINGS, seed=1)),
-        backbone_key(tiny_corpus, tiny_config, replace(SETTINGS, native_share=0.4)),
+        backbone_key(tiny_corpus, tiny_config, replace(SETTINGS, random_routing=0.4)),
     ]
     assert len(set(keys)) == len(keys)
     assert backbone_key(replace(tiny_corpus, name="renamed"), tiny_config, SETTINGS) == keys[0]
@@ -198,7 +198,9 @@ def test_balance_weight_reaches_the_gates(tiny_corpus: Corpus, tiny_config: Back
     """The coefficient changes what is trained, and a strong one spreads the rows more evenly."""
 
     def busiest_share(balance_weight: float) -> float:
-        settings = PretrainConfig(steps=30, sequences=4, learning_rate=1e-2, balance_weight=balance_weight)
+        settings = PretrainConfig(
+            steps=30, sequences=4, learning_rate=1e-2, balance_weight=balance_weight, random_routing=0.0
+        )
         backbone = load_or_train(tiny_corpus, tiny_config, settings)
         tokens, _, _ = tiny_corpus.test.windows(tiny_config.seq_len, 1024)
         subsets = backbone.run(tokens, pretrain_module.NativeRouter())[1][1::2]
@@ -299,10 +301,10 @@ def test_random_routing_varies_the_rate_of_heads_between_sequences() -> None:
     assert middle.flatten(2).float().std(1).gt(0).float().mean() > 0.99
 
 
-def test_random_routing_starts_with_its_last_share_of_training(
+def test_random_routing_starts_where_it_is_told_to(
     tiny_corpus: Corpus, tiny_config: BackboneConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a share of three quarters, the first quarter of the steps is native and the rest random."""
+    """Random routing from a quarter of the training on leaves the steps before it native."""
     random_steps: list[int] = []
     training = Pretraining(tiny_corpus, tiny_config, SETTINGS, "cpu", cache_folder() / "run.partial")
     select = RandomRouting.select

@@ -389,15 +389,15 @@ def check_sampled_gradient_is_exact() -> None:
     """From rollout to loss: direction and length of the gradient of the expected return, over the number of sites."""
     tokens = torch.arange(SEQ_LEN).unsqueeze(0) % VOCAB
     backbone, source = _joint_backbone(), FixedSource(tokens, (tokens + 3) % VOCAB)
-    rules = replace(PLANTED_RULES, rollouts_per_sequence=MANY_COPIES, price_low=1.0, price_high=1.0)
-    settings: dict[str, Any] = {"backbone": backbone, "source": source, "num_sequences": 1, "price_range": (0.2, 2.0)}
-    model = _model(rules, normalize_advantage=False, **settings)
+    rules = replace(PLANTED_RULES, rollouts_per_sequence=MANY_COPIES, price_low=0.2, price_high=0.2)
+    settings: dict[str, Any] = {"backbone": backbone, "source": source, "num_sequences": 1, "price_range": (0.05, 0.5)}
+    model = _model(rules, normalize_advantage=False, price_balance=0.0, **settings)
     for weight in _router(model).parameters():
         weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(2))
     gradients = torch.autograd.grad(model._loss(_collect(model))[0], list(_router(model).parameters()))
     sampled = -NUM_SITES * torch.cat([gradient.flatten() for gradient in gradients])
     exact = _exact_gradient(model, RoutingMDP(backbone, source, replace(rules, rollouts_per_sequence=1)))
-    assert torch.cosine_similarity(sampled, exact, dim=0) > 0.998
+    assert torch.cosine_similarity(sampled, exact, dim=0) > 0.99
     assert abs(sampled.norm() / exact.norm() - 1) < 0.05
 
 

@@ -22,7 +22,7 @@ from policies.router_policy import RouterPolicy
 from policies.routing_ppo import RoutingPPO
 
 CONFIG = BackboneConfig(
-    vocab_size=32, hidden_size=32, num_layers=2, num_heads=2, num_experts=4, intermediate_size=16, seq_len=8
+    vocab_size=32, hidden_size=32, num_layers=2, num_heads=2, num_experts=4, top_k=2, intermediate_size=16, seq_len=8
 )
 """Head sites are narrower than expert sites."""
 UNITS = (2, 4, 2, 4)
