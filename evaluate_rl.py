@@ -35,9 +35,9 @@ from moe_backbone import MoETransformer
 from moe_backbone.corpus import Corpus
 from moe_backbone.files import write_text_atomic
 from moe_backbone.pretrain import cache_folder
-from policies.baselines import FixedPoint, fixed_routers
+from policies.baselines import FIXED_NAMES, FixedPoint, fixed_routers
 from policies.baselines.greedy import GreedyPoint, GreedySearch
-from policies.linear_router import LinearRouter
+from policies.linear_router import LinearRouter, PricedRouter
 
 COMPUTES = (0.7, 0.6, 0.5, 0.4)
 """Fractions of native compute at which routers are compared."""
@@ -53,7 +53,7 @@ class EvaluationConfig:
         ValueError: If a value is impossible; the message gives name, rule and actual value.
     """
 
-    max_tokens: int = 32_768
+    max_tokens: int = 24_576
     """Held-out tokens that every router is scored on."""
     num_prices: int = 14
     """Prices at which the learned router is scored, log-spaced over its training range."""
@@ -66,16 +66,24 @@ class EvaluationConfig:
         for name in ("max_tokens", "num_prices", "greedy_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for prefix in self.routers:
+            if not any(name.startswith(prefix) for name in FIXED_NAMES):
+                raise ValueError(f"routers must name some of {' '.join(FIXED_NAMES)}, got {prefix}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedPoint:
     """The learned router at one price."""
 
-    router: LinearRouter
+    learned: LinearRouter
     price: float
     seed: int
     name: str = "learned"
+
+    @property
+    def router(self) -> PricedRouter:
+        """What decides: the price is folded in, as a user would run it."""
+        return self.learned.at_price(self.price)
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -120,11 +128,9 @@ def evaluate(
         )
         if point.name != "native" and (not config.routers or point.name.startswith(config.routers))
     ]
-    if config.routers and not specs:
-        raise ValueError(f"routers must name fixed routers, got {' '.join(config.routers)}")
     if learned is not None:
         prices = np.geomspace(learned.spec.price_low, learned.spec.price_high, config.num_prices)
-        specs += [LearnedPoint(router=learned, price=float(price), seed=seed) for price in prices]
+        specs += [LearnedPoint(learned=learned, price=float(price), seed=seed) for price in prices]
     evaluator = Evaluator(backbone, corpus.test, max_tokens=config.max_tokens, device=device)
     points = [evaluator.native, *evaluate_all(evaluator, specs)]
     evaluation = Evaluation(evaluator=evaluator, points=points, comparisons=[])

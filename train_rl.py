@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import logging
 import shlex
+import shutil
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +87,7 @@ class TrainConfig:
     """Folder of the run, made new; None for runs/DATE-TIME-seedN."""
     resume: Path | None = None
     """Folder of an interrupted run to go on with; its own settings are used, all others here are ignored."""
-    total_timesteps: int = 14_000_000
+    total_timesteps: int = 26_000_000
     """(token, site) decisions to learn from; rounded up to whole updates."""
     seed: int = 0
     """Seed of routers, rollouts and the text drawn; the backbone has its own, `pretrain.seed`."""
@@ -101,7 +104,7 @@ class TrainConfig:
     """Updates between two checkpoints."""
     backbone: BackboneConfig = BackboneConfig()
     pretrain: PretrainConfig = PretrainConfig()
-    env: EnvConfig = EnvConfig(rollouts_per_sequence=4, price_low=0.02, price_high=3.0)
+    env: EnvConfig = EnvConfig(rollouts_per_sequence=4, price_low=0.01, price_high=2.5)
     ppo: PPOConfig = PPOConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -109,8 +112,9 @@ class TrainConfig:
         for name in ("total_timesteps", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.eval_times < 0:
-            raise ValueError(f"eval_times must be at least 0, got {self.eval_times}")
+        for name in ("eval_times", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.random_routing is not None:
             replace(self.pretrain, random_routing=self.random_routing)
 
@@ -196,38 +200,43 @@ class Run:
             self._restore()
         self.model.set_logger(configure(str(folder), ["tensorboard"]))
         self.validation = Evaluator(self.backbone, self.corpus.validation, max_tokens=8192, device=device)
+        Evaluator(self.backbone, self.corpus.test, max_tokens=config.evaluation.max_tokens, device=device)  # or refuse
 
     def _restore(self) -> None:
         env = self.model.env
         self.model = RoutingPPO.load(self.checkpoint, env=env, device=self.model.device)
+        made_for = getattr(self.model, "backbone_sha256", "none")
+        if made_for != self.backbone.sha256():
+            raise ValueError(
+                f"checkpoint must be made for this backbone (sha256 {self.backbone.sha256()[:12]}), "
+                f"got one for {made_for[:12]} in {self.checkpoint}"
+            )
         self.model.restore_generators()
         logger.info("going on at timestep %d of %d", self.model.num_timesteps, self.config.total_timesteps)
 
     def save(self) -> None:
         """Write the checkpoint, the old one staying until the new one is whole."""
         self.model.keep_generators()
+        self.model.backbone_sha256 = self.backbone.sha256()  # type: ignore[attr-defined]
         write_atomic(self.checkpoint, lambda path: self.model.save(path))
 
     def train(self) -> None:
-        """Learn until `total_timesteps`; an interrupt saves first."""
+        """Learn until `total_timesteps`; the first Ctrl-C finishes the update under way and saves."""
         remaining = self.config.total_timesteps - self.model.num_timesteps
         if remaining > 0:
-            try:
-                self.model.learn(
-                    remaining, callback=self._callbacks(), reset_num_timesteps=self.model.num_timesteps == 0
-                )
-            except KeyboardInterrupt:
-                self.save()
-                raise
+            saver = PeriodicSave(self.save, self.config.checkpoint_every)
+            with _asked_to_stop(saver):
+                fresh = self.model.num_timesteps == 0
+                self.model.learn(remaining, callback=self._callbacks(saver), reset_num_timesteps=fresh)
             self.save()
         write_atomic(self.folder / "router.zip", lambda path: self.model.save(path))
         save_router(self.model.policy.router, self.folder, self.backbone)  # type: ignore[arg-type]
 
-    def _callbacks(self) -> CallbackList:
+    def _callbacks(self, saver: PeriodicSave) -> CallbackList:
         config = self.config
         shown: dict[str, Any] = {"seed": config.seed, "quality": config.env.quality, "advantage": config.ppo.advantage}
         shown |= {"learning_rate": config.ppo.learning_rate, "total_timesteps": config.total_timesteps}
-        callbacks: list[BaseCallback] = [RoutingMetrics(shown), PeriodicSave(self.save, config.checkpoint_every)]
+        callbacks: list[BaseCallback] = [RoutingMetrics(shown), saver]
         if config.eval_times:
             callbacks.append(PeriodicEvaluation(self.look, config.eval_times))
         return CallbackList([*callbacks, ProgressBarCallback()])
@@ -236,7 +245,7 @@ class Run:
         """Score the router on validation documents at a few prices: scalars and figures for TensorBoard."""
         router = self.model.policy.router
         prices = np.geomspace(self.config.env.price_low, self.config.env.price_high, 6)
-        specs = [LearnedPoint(router=router, price=float(price), seed=self.config.seed) for price in prices]  # type: ignore[arg-type]
+        specs = [LearnedPoint(learned=router, price=float(price), seed=self.config.seed) for price in prices]  # type: ignore[arg-type]
         points = [
             self.validation.score(spec.name, spec.router, setting=spec.setting, price=spec.price) for spec in specs
         ]
@@ -263,9 +272,27 @@ class Run:
         self.model.logger.dump(self.model.num_timesteps)
 
 
+@contextmanager
+def _asked_to_stop(saver: PeriodicSave) -> Iterator[None]:
+    """While open, the first SIGINT or SIGTERM asks `saver` to stop; the next one acts as it always does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: object) -> None:
+        saver.stop_requested = True
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run(config: TrainConfig) -> Path:
     """Train and evaluate; returns the run folder."""
-    started = time.perf_counter()
+    started, new = time.perf_counter(), False
     if config.resume is not None:
         folder = config.resume
         config = read_config(folder, TrainConfig)
@@ -273,10 +300,11 @@ def run(config: TrainConfig) -> Path:
         load_corpus(config.corpus, seq_len=config.backbone.seq_len)  # a bad corpus must not leave a folder behind
         pick_device(config.device)
         folder = new_run_folder(config.run_dir, config.seed)
-        describe_run(folder, config)
+        new = True
     logger.info("run: %s  (TensorBoard: tensorboard --logdir %s)", folder, folder.parent)
-    current = None
     try:
+        if new:
+            describe_run(folder, config)
         current = Run(config, folder)
         current.train()
         trained = time.perf_counter()
@@ -284,6 +312,10 @@ def run(config: TrainConfig) -> Path:
     except KeyboardInterrupt:
         logger.info("\nstopped; go on with: python train_rl.py --resume %s", shlex.quote(str(folder)))
         sys.exit(130)
+    except (ValueError, OSError):
+        if new and not (folder / "checkpoints").exists():  # nothing to go on with
+            shutil.rmtree(folder)
+        raise
     logger.info(
         "training %.0f s, evaluation %.0f s; router, evaluation.json and tradeoff.png are in %s",
         trained - started,

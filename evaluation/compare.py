@@ -45,11 +45,11 @@ def at_compute(points: Sequence[Point], compute: float) -> DocumentSums | None:
         compute: Fraction of native compute.
 
     Returns:
-        Scores by document; None outside the computes of `points`. Behind the last frontier point, where paying more
-        buys this router nothing, that point's scores.
+        Scores by document; None below the cheapest point. Behind the last frontier point, where paying more buys this
+        router nothing, that point's scores: a budget need not be used up.
     """
     curve = frontier(points)
-    if not curve or not curve[0].compute <= compute <= max(point.compute for point in points):
+    if not curve or compute < curve[0].compute:
         return None
     for left, right in pairwise(curve):
         if compute <= right.compute:
@@ -59,13 +59,13 @@ def at_compute(points: Sequence[Point], compute: float) -> DocumentSums | None:
 
 
 def loss_at(points: Sequence[Point], compute: float) -> float | None:
-    """Held-out loss of one router at `compute` in nats a token; None outside its range."""
+    """Held-out loss of one router at `compute` in nats a token; None below its range."""
     scores = at_compute(points, compute)
     return None if scores is None else -scores.mean_log_likelihood
 
 
 def accuracy_at(points: Sequence[Point], compute: float) -> float | None:
-    """Held-out accuracy of one router at `compute` as a fraction; None outside its range."""
+    """Held-out accuracy of one router at `compute` as a fraction; None below its range."""
     scores = at_compute(points, compute)
     return None if scores is None else scores.accuracy
 

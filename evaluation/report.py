@@ -124,7 +124,7 @@ def tradeoff_table(
         reached = compute_at_accuracy(points, native.accuracy)
         style = "bold" if name == "learned" else None
         table.add_row(name, *cells, "-" if reached is None else f"{reached:.3f}", style=style)
-    table.caption = "99% at: least compute that keeps 99% of native accuracy.  -: out of this router's range."
+    table.caption = "99% at: least compute that keeps 99% of native accuracy.  -: this router costs more."
     return table
 
 

@@ -114,7 +114,10 @@ class PeriodicEvaluation(BaseCallback):
 
 
 class PeriodicSave(BaseCallback):
-    """Calls `save` every so many updates.
+    """Calls `save` between updates: every so many, and when a stop was asked for, which ends the training.
+
+    Raises:
+        KeyboardInterrupt: After saving, if `stop_requested` was set.
 
     Args:
         save: Writes a checkpoint.
@@ -125,12 +128,15 @@ class PeriodicSave(BaseCallback):
         super().__init__()
         self.save = save
         self.every = every
+        self.stop_requested = False
         self._updates = 0
 
     def _on_step(self) -> bool:
         return True
 
     def _on_rollout_start(self) -> None:
-        if self._updates and self._updates % self.every == 0:
+        if self.stop_requested or (self._updates and self._updates % self.every == 0):
             self.save()
+        if self.stop_requested:
+            raise KeyboardInterrupt
         self._updates += 1

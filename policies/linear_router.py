@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -65,8 +66,8 @@ class LinearRouter(nn.Module):
     """Chooses a unit where its logit is positive.
 
     logit = prior(gate) + (weight[site] + centred_log_price * price_weight[site]) applied to (features, scores, 1).
-    Weights start at zero, so an untrained router follows the prior. The price folds into the weights before a run,
-    so each site costs one product of width `num_inputs`.
+    Weights start at zero, so an untrained router follows the prior. With the same price for all tokens (`at_price`) the
+    price folds into the weights, and a site costs one product of width `num_inputs`; otherwise two.
 
     Args:
         spec: Sizes, sites and prior.
@@ -90,11 +91,21 @@ class LinearRouter(nn.Module):
 
     @property
     def overhead_flops(self) -> int:
-        """FLOPs of the router for one token over all sites, price folded."""
-        return 2 * self.spec.num_inputs * sum(site.num_units for site in self.spec.sites)
+        """FLOPs of the router for one token over all sites; half of it `at_price`."""
+        return 2 * 2 * self.spec.num_inputs * sum(site.num_units for site in self.spec.sites)
+
+    def at_price(self, price: float) -> PricedRouter:
+        """The router for one price, at half the cost.
+
+        Raises:
+            ValueError: If the price is not positive and finite.
+        """
+        if not (math.isfinite(price) and price > 0):
+            raise ValueError(f"price must be positive and finite, got {price}")
+        return PricedRouter(self, price)
 
     def centred_log_price(self, log_price: Tensor) -> Tensor:
-        """Log price mapped so that the training range becomes [-1, 1]; 0 everywhere for one fixed price."""
+        """Log price mapped so that the training range becomes [-1, 1], or less if it spans less than 2 nats."""
         low, high = torch.tensor([self.spec.price_low, self.spec.price_high]).log().tolist()
         return (log_price - (low + high) / 2) / max((high - low) / 2, 1.0)
 
@@ -152,6 +163,31 @@ class LinearRouter(nn.Module):
         scores = nn.functional.pad(view.scores, (0, self.spec.max_units - view.site.num_units))
         logits = self.one_site_logits(view.index, view.features, scores, view.price.log().unsqueeze(1))
         return logits[:, : view.site.num_units] > 0
+
+
+class PricedRouter:
+    """A `LinearRouter` for one price, folded into its weights; the price that a view shows is not read.
+
+    Args:
+        router: What to fold.
+        price: Nats per native compute.
+
+    Attributes:
+        overhead_flops: FLOPs for one token over all sites.
+    """
+
+    def __init__(self, router: LinearRouter, price: float) -> None:
+        self.router = router
+        self.overhead_flops = router.overhead_flops // 2
+        centred = router.centred_log_price(torch.tensor(price).log())
+        self.weight = (router.weight + centred * router.price_weight).detach()
+
+    @torch.no_grad()
+    def select(self, view: SiteView) -> Tensor:
+        """Choose the units that run: bool (num_tokens, num_units)."""
+        scores = nn.functional.pad(view.scores, (0, self.router.spec.max_units - view.site.num_units))
+        logits = self.router.inputs(view.features, scores) @ self.weight[view.index]
+        return (logits + self.router.prior(view.site, scores))[:, : view.site.num_units] > 0
 
 
 def check_sites(spec: RouterSpec, sites: Sequence[RoutingSite], hidden_size: int) -> None:

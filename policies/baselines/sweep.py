@@ -14,6 +14,11 @@ from policies.baselines.greedy import GreedyPoint
 from policies.baselines.pruning import HeadPruning, head_importance, prune_heads
 from policies.baselines.randomized import RandomHeads, RandomK, RandomSubset
 
+FIXED_NAMES = (
+    *("top-k", "random-k", "random-subset", "threshold", "top-p", "random-heads"),
+    *("top-k+pruning", "random-k+pruning", "threshold+pruning", "top-p+pruning", "greedy"),
+)
+"""Families of fixed routers, native aside."""
 SUBSET_RATES = (0.1, 0.25, 0.5, 0.75)
 HEAD_SHARES = (0.25, 0.5, 0.75)
 THRESHOLDS = ((0.1, False), (0.2, False), (0.3, True), (0.4, True), (0.5, False), (0.7, False))

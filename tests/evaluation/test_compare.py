@@ -13,10 +13,13 @@ def test_interpolates_between_neighbours(make_point):
     assert loss_at(points, 0.8) == 1.0
 
 
-@pytest.mark.parametrize("compute", [0.39, 0.81])
-def test_does_not_extrapolate(make_point, compute):
-    assert at_compute([make_point(0.4), make_point(0.8)], compute) is None
-    assert at_compute([], compute) is None
+def test_does_not_extrapolate_below_the_cheapest_point(make_point):
+    assert at_compute([make_point(0.4), make_point(0.8)], 0.39) is None
+    assert at_compute([], 0.39) is None
+
+
+def test_budget_need_not_be_used_up(make_point):
+    assert loss_at([make_point(0.4, -2.0), make_point(0.8, -1.0)], 0.81) == 1.0
 
 
 def test_dominated_points_leave_the_curve(make_point):
@@ -29,7 +32,7 @@ def test_dominated_points_leave_the_curve(make_point):
 def test_curve_is_flat_where_paying_more_buys_nothing(make_point):
     points = [make_point(0.4, -1.5), make_point(0.8, -1.6)]
     assert loss_at(points, 0.6) == 1.5
-    assert loss_at(points, 0.9) is None
+    assert loss_at(points, 0.9) == 1.5
 
 
 def test_compute_at_accuracy_interpolates(make_point):

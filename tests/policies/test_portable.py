@@ -274,6 +274,29 @@ def test_deterministic_action_of_the_policy_is_the_routers_choice(backbone: MoET
         assert 0 < subset.float().mean() < 1
 
 
+def test_price_folded_into_the_weights_changes_no_choice(backbone: MoETransformer) -> None:
+    """A router at one price selects what it selects when every token shows that price, and dearer means fewer units."""
+    env, model = _episode(backbone)
+    env.reset()
+    assert isinstance(model.policy, RouterPolicy)
+    router, tokens = model.policy.router, env.mdp.batch.tokens
+    used = []
+    for price in (0.05, 0.4, 2.0):
+        _, shown = backbone.run(tokens, router, torch.full((tokens.numel(),), price))
+        _, folded = backbone.run(tokens, router.at_price(price))
+        for first, second in zip(shown, folded, strict=True):
+            assert torch.equal(first, second)
+        used.append(sum(subset.sum().item() for subset in folded))
+    assert len(set(used)) > 1
+
+
+@pytest.mark.parametrize("price", [0.0, -1.0, float("nan"), float("inf")])
+def test_router_refuses_a_price_that_is_none(router: LinearRouter, price: float) -> None:
+    """Name, rule and actual value."""
+    with pytest.raises(ValueError, match=f"price must be positive and finite, got {price}"):
+        router.at_price(price)
+
+
 def test_logit_by_hand() -> None:
     """Prior, weight and price weight, each with its own number, at the dearest price of the range."""
     spec = RouterSpec(
@@ -300,14 +323,15 @@ def test_logit_by_hand() -> None:
 
 def test_overhead_by_hand(router: LinearRouter) -> None:
     """One product of 32 features, 4 scores and a constant with every unit of every site, price folded in."""
-    assert router.overhead_flops == 2 * (32 + 4 + 1) * (2 + 4 + 2 + 4)
+    assert router.at_price(0.3).overhead_flops == 2 * (32 + 4 + 1) * (2 + 4 + 2 + 4)
+    assert router.overhead_flops == 2 * router.at_price(0.3).overhead_flops
 
 
 def test_router_costs_little_at_the_default_sizes() -> None:
     """At most three per cent of native compute."""
     config = BackboneConfig()
     sites = MoETransformer(config).sites
-    overhead = LinearRouter(RouterSpec(hidden_size=config.hidden_size, sites=sites)).overhead_flops
+    overhead = LinearRouter(RouterSpec(hidden_size=config.hidden_size, sites=sites)).at_price(0.3).overhead_flops
     assert 0 < overhead / ComputeMeter(sites, config.seq_len).native_flops <= MOST_OVERHEAD
 
 
