@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def greedy_points(backbone: MoETransformer, corpus: Corpus, max_tokens: int) -> 
 
 
 def write_report(evaluation: Evaluation, backbone: MoETransformer, corpus: Corpus, folder: Path) -> dict[str, Any]:
-    """Write `evaluation.json` and `tradeoff.png`, print the tables, and return the content of the JSON file."""
+    """Write `evaluation.json`, `tradeoff.png` and `tables.txt`, print the tables, and return the JSON content."""
     curves, native = evaluation.curves, evaluation.evaluator.native
     chance = [point.accuracy for name in ("random-subset", "random-k") for point in curves.get(name, [])]
     summary = summarize(curves, native_accuracy=native.accuracy, random_accuracy=min(chance, default=0.0))
@@ -168,10 +169,12 @@ def write_report(evaluation: Evaluation, backbone: MoETransformer, corpus: Corpu
     )
     write_evaluation(folder / "evaluation.json", content)
     save_figure(tradeoff_figure(curves, native), folder / "tradeoff.png")
-    console = report_console()
-    console.print(tradeoff_table(curves, native, computes=COMPUTES))
-    if evaluation.comparisons:
-        console.print(comparison_table(evaluation.comparisons))
+    text = StringIO()
+    for console in (report_console(), report_console(text)):
+        console.print(tradeoff_table(curves, native, computes=COMPUTES))
+        if evaluation.comparisons:
+            console.print(comparison_table(evaluation.comparisons))
+    write_text_atomic(folder / "tables.txt", text.getvalue())
     return content
 
 

@@ -63,6 +63,7 @@ RUN_FILES = {
     "router.json",
     "checkpoints",
     "evaluation.json",
+    "tables.txt",
     "tradeoff.png",
 }
 POINT_KEYS = {
@@ -196,7 +197,8 @@ def test_evaluation_follows_the_schema(finished: Path) -> None:
     assert points[0]["compute"] == pytest.approx(1.0)
     learned = [point for point in points if point["router"] == "learned"]
     prices = [point["setting"]["price"] for point in learned]
-    assert prices == pytest.approx([0.02, (0.02 * 3.0) ** 0.5, 3.0], rel=1e-3)
+    low, high = PRESETS["small"][1].env.price_low, PRESETS["small"][1].env.price_high
+    assert prices == pytest.approx([low, (low * high) ** 0.5, high], rel=1e-3)
     assert {point["seed"] for point in learned} == {SEED}
     for point in learned:
         assert 0 < point["router_overhead"] < point["compute"]
