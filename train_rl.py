@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Figure, configure
 from stable_baselines3.common.utils import LinearSchedule
 
@@ -33,7 +33,7 @@ from moe_backbone import BackboneConfig, MoETransformer
 from moe_backbone.corpus import Corpus, load_corpus
 from moe_backbone.files import write_atomic
 from moe_backbone.pretrain import PretrainConfig, load_or_train
-from policies.callbacks import PeriodicEvaluation, PeriodicSave, RoutingMetrics
+from policies.callbacks import PeriodicEvaluation, PeriodicSave, ProgressBar, RoutingMetrics
 from policies.linear_router import RouterSpec
 from policies.portable import save_router
 from policies.routing_ppo import RoutingPPO
@@ -239,7 +239,7 @@ class Run:
         callbacks: list[BaseCallback] = [RoutingMetrics(shown), saver]
         if config.eval_times:
             callbacks.append(PeriodicEvaluation(self.look, config.eval_times))
-        return CallbackList([*callbacks, ProgressBarCallback()])
+        return CallbackList([*callbacks, ProgressBar(config.total_timesteps)])
 
     def look(self) -> tuple[dict[str, float], dict[str, Any]]:
         """Score the router on validation documents at a few prices: scalars and figures for TensorBoard."""

@@ -13,8 +13,10 @@ from torch import Tensor
 from envs.actions import action_tensor
 from envs.config import EnvConfig
 from envs.mdp import RoutingMDP, Step, TokenBatch
-from envs.token_source import TokenSource
-from moe_backbone import MoETransformer
+from envs.token_source import CorpusSource, TokenSource
+from moe_backbone import BackboneConfig, MoETransformer
+from moe_backbone.corpus import load_corpus
+from moe_backbone.pretrain import PretrainConfig, load_or_train
 
 
 class RoutingEnv(gym.Env[np.ndarray, Any]):
@@ -155,14 +157,8 @@ def default_parts(backbone: MoETransformer | None, source: TokenSource | None) -
     """Fill in the default backbone and the training part of the default corpus where nothing was given."""
     if backbone is not None and source is not None:
         return backbone, source
-    from envs.token_source import CorpusSource
-    from moe_backbone.corpus import load_corpus
-    from moe_backbone.pretrain import PretrainConfig, load_or_train
-
     corpus = load_corpus()
     if backbone is None:
-        from moe_backbone import BackboneConfig
-
         backbone = load_or_train(corpus, BackboneConfig(), PretrainConfig())
     return backbone, source or CorpusSource(corpus.train, backbone.config.seq_len)
 

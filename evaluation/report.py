@@ -162,7 +162,9 @@ def _cell(scores: DocumentSums | None, native: Point) -> str:
         return "-"
     loss = -scores.mean_log_likelihood
     share = scores.accuracy / native.accuracy if native.accuracy else 1.0
-    return f"{loss:.3f} {_signed(loss - native.loss, 3)} {100 * share:.1f}"
+    change = loss - native.loss
+    digits = 2 if abs(change) >= 1 else 3  # a column of one width leaves room for the names
+    return f"{loss:.3f} {_signed(change, digits)} {100 * share:.1f}"
 
 
 def _interval(interval: Interval, scale: float, digits: int) -> str:

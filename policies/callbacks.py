@@ -9,6 +9,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure, HParam
 from torch import Tensor
+from tqdm import tqdm
 
 from moe_backbone.quality import token_correct, token_log_likelihood
 from moe_backbone.sites import RoutingSite
@@ -82,6 +83,40 @@ def load_metrics(sites: tuple[RoutingSite, ...], subsets: list[Tensor]) -> dict[
     metrics["routing/load_cv"] = sum(spread) / max(1, len(spread))
     metrics["routing/dead_units"] = float(dead)
     return metrics
+
+
+class ProgressBar(BaseCallback):
+    """Shows decisions learned from, time left and the mean return of an episode.
+
+    Args:
+        total_timesteps: Where the training ends.
+    """
+
+    def __init__(self, total_timesteps: int) -> None:
+        super().__init__()
+        self.total_timesteps = total_timesteps
+
+    def _on_training_start(self) -> None:
+        self._bar = tqdm(
+            total=self.total_timesteps,
+            initial=self.model.num_timesteps,
+            desc="training",
+            unit="decision",
+            unit_scale=True,
+            dynamic_ncols=True,
+        )
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        assert self.model.ep_info_buffer is not None
+        returns = [episode["r"] for episode in self.model.ep_info_buffer]
+        self._bar.set_postfix({"return": f"{sum(returns) / max(1, len(returns)):.3f}"}, refresh=False)
+        self._bar.update(self.model.num_timesteps - self._bar.n)
+
+    def _on_training_end(self) -> None:
+        self._bar.close()
 
 
 class PeriodicEvaluation(BaseCallback):

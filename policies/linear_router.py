@@ -29,7 +29,7 @@ class RouterSpec:
         price_high: Highest.
         head_prior: Logit of every head before training.
         expert_slope: Prior logit of an expert with gate probability p is this times (log p - log expert_threshold).
-        expert_threshold: Gate probability whose prior logit is 0.
+        expert_threshold: Gate probability whose prior logit is 0; with more than 8 experts in proportion less.
         expert_clamp: Largest absolute prior logit of an expert.
     """
 
@@ -118,7 +118,7 @@ class LinearRouter(nn.Module):
         spec = self.spec
         if site.kind == "heads":
             return torch.full_like(scores, spec.head_prior)
-        threshold = torch.tensor(spec.expert_threshold).log().item()
+        threshold = math.log(spec.expert_threshold * min(1.0, 8 / site.num_units))
         return (spec.expert_slope * (scores - threshold)).clamp(-spec.expert_clamp, spec.expert_clamp)
 
     def priors(self, scores: Tensor) -> Tensor:
