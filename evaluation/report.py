@@ -24,7 +24,7 @@ COMPUTES = (0.7, 0.6, 0.5, 0.4)
 """Fractions of native compute that the tables show."""
 PIPED_WIDTH = 100
 """Columns where the output is not a terminal."""
-NAME_WIDTH = 14
+NAME_WIDTH = 17
 """Columns after which a router's name goes on in the next line, so that the numbers keep theirs."""
 
 

@@ -48,7 +48,7 @@ class PretrainConfig:
     """AdamW weight decay."""
     balance_weight: float = 0.01
     """Weight of the load-balance loss of the native gate."""
-    random_routing: float = 0.05
+    random_routing: float = 0.0
     """Share of sequences trained with random numbers of experts per token and random subsets of heads; 0 to 1."""
     random_from: float = 0.0
     """Share of training that passes before random routing starts; 0 for all of training, 0.7 for the last 30 %."""
