@@ -122,12 +122,12 @@ def evaluate(
     device = str(next(backbone.parameters()).device)
     tokens, targets, _ = corpus.train.windows(backbone.config.seq_len, config.greedy_tokens)
     tokens, targets = tokens.to(device), targets.to(device)
+    wanted = config.routers or ("",)
+    greedy = greedy_points(backbone, corpus, config.greedy_tokens) if "greedy".startswith(wanted) else []
     specs: list[FixedPoint | LearnedPoint] = [
         point
-        for point in fixed_routers(
-            backbone, tokens, targets, seed=seed, greedy=greedy_points(backbone, corpus, config.greedy_tokens)
-        )
-        if point.name != "native" and (not config.routers or point.name.startswith(config.routers))
+        for point in fixed_routers(backbone, tokens, targets, seed=seed, greedy=greedy)
+        if point.name != "native" and point.name.startswith(wanted)
     ]
     if learned is not None:
         prices = np.geomspace(learned.spec.price_low, learned.spec.price_high, config.num_prices)

@@ -120,8 +120,8 @@ class _Recorder:
 
 def cache_folder() -> Path:
     """Where trained backbones are kept: $ROUTEGYM_CACHE, else the user's cache folder."""
-    if "ROUTEGYM_CACHE" in os.environ:
-        return Path(os.environ["ROUTEGYM_CACHE"])
+    if folder := os.environ.get("ROUTEGYM_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "routegym"
 
 

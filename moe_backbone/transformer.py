@@ -137,7 +137,8 @@ class MoETransformer(nn.Module):
 
         Args:
             state: From `begin` or `advance`.
-            subset: Chosen units, bool (num_tokens, num_units); an empty row leaves the residual stream unchanged.
+            subset: Chosen units, bool (num_tokens, num_units); an empty row leaves the residual stream unchanged
+                but for a shared expert.
         """
         sublayer = self._sublayer(state.site_index)
         if isinstance(sublayer, Attention):
