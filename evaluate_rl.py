@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
+from torch import Tensor
 
 from evaluation import (
     Comparison,
@@ -33,6 +35,7 @@ from evaluation import (
     write_evaluation,
 )
 from moe_backbone import MoETransformer
+from moe_backbone.checks import require_at_least
 from moe_backbone.corpus import Corpus
 from moe_backbone.files import write_text_atomic
 from moe_backbone.pretrain import cache_folder
@@ -64,9 +67,7 @@ class EvaluationConfig:
     """Only fixed routers whose name starts with one of these; none for all."""
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "num_prices", "greedy_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(self, 1, "max_tokens", "num_prices", "greedy_tokens")
         for prefix in self.routers:
             if not any(name.startswith(prefix) for name in FIXED_NAMES):
                 raise ValueError(f"routers must name some of {' '.join(FIXED_NAMES)}, got {prefix}")
@@ -108,22 +109,29 @@ class Evaluation:
 
 
 def evaluate(
-    backbone: MoETransformer, corpus: Corpus, learned: LinearRouter | None, config: EvaluationConfig, *, seed: int
+    evaluator: Evaluator,
+    backbone: MoETransformer,
+    corpus: Corpus,
+    learned: LinearRouter | None,
+    config: EvaluationConfig,
+    *,
+    seed: int,
 ) -> Evaluation:
     """Score fixed routers and the learned one on the test documents.
 
     Args:
+        evaluator: From `held_out_evaluator`.
         backbone: Frozen.
-        corpus: Its training part serves the greedy search, its test part the scores.
+        corpus: Its training part serves the greedy search and the ranking of heads.
         learned: None to score fixed routers only.
         config: What is scored.
         seed: Of random routers, and reported for the learned one.
     """
-    device = str(next(backbone.parameters()).device)
-    tokens, targets, _ = corpus.train.windows(backbone.config.seq_len, config.greedy_tokens)
-    tokens, targets = tokens.to(device), targets.to(device)
+    device = next(backbone.parameters()).device
+    windows = corpus.train.windows(backbone.config.seq_len, config.greedy_tokens)
+    tokens, targets = (part.to(device) for part in windows[:2])
     wanted = config.routers or ("",)
-    greedy = greedy_points(backbone, corpus, config.greedy_tokens) if "greedy".startswith(wanted) else []
+    greedy = greedy_points(backbone, corpus, tokens, targets) if "greedy".startswith(wanted) else []
     specs: list[FixedPoint | LearnedPoint] = [
         point
         for point in fixed_routers(backbone, tokens, targets, seed=seed, greedy=greedy)
@@ -132,7 +140,6 @@ def evaluate(
     if learned is not None:
         prices = np.geomspace(learned.spec.price_low, learned.spec.price_high, config.num_prices)
         specs += [LearnedPoint(learned=learned, price=float(price), seed=seed) for price in prices]
-    evaluator = Evaluator(backbone, corpus.test, max_tokens=config.max_tokens, device=device)
     points = [evaluator.native, *evaluate_all(evaluator, specs)]
     evaluation = Evaluation(evaluator=evaluator, points=points, comparisons=[])
     rivals = evaluation.curves
@@ -140,21 +147,25 @@ def evaluate(
     return Evaluation(evaluator=evaluator, points=points, comparisons=compare(ours, rivals, COMPUTES))
 
 
-def greedy_points(backbone: MoETransformer, corpus: Corpus, max_tokens: int) -> list[GreedyPoint]:
-    """The greedy search's routers; searched once for a backbone, then kept in the cache."""
-    key = f"greedy-{backbone.sha256()[:12]}-{corpus.sha256[:12]}-{max_tokens}-v{GREEDY_VERSION}.json"
+def held_out_evaluator(backbone: MoETransformer, corpus: Corpus, config: EvaluationConfig) -> Evaluator:
+    """The test documents, scored natively; made before anything long, so that what cannot work says so at once."""
+    device = next(backbone.parameters()).device
+    return Evaluator(backbone, corpus.test, max_tokens=config.max_tokens, device=device)
+
+
+def greedy_points(backbone: MoETransformer, corpus: Corpus, tokens: Tensor, targets: Tensor) -> list[GreedyPoint]:
+    """The greedy search's routers on training windows; searched once for a backbone, then kept in the cache."""
+    key = f"greedy-{backbone.sha256()[:12]}-{corpus.sha256[:12]}-{tokens.numel()}-v{GREEDY_VERSION}.json"
     path = cache_folder() / key
     if path.exists():
         return [GreedyPoint.from_json(point) for point in json.loads(path.read_text(encoding="utf-8"))]
-    tokens, targets, _ = corpus.train.windows(backbone.config.seq_len, max_tokens)
-    device = next(backbone.parameters()).device
-    points = GreedySearch(backbone, tokens.to(device), targets.to(device)).run()
+    points = GreedySearch(backbone, tokens, targets).run()
     write_text_atomic(path, json.dumps([point.to_json() for point in points]))
     return points
 
 
-def write_report(evaluation: Evaluation, backbone: MoETransformer, corpus: Corpus, folder: Path) -> dict[str, Any]:
-    """Write `evaluation.json`, `tradeoff.png` and `tables.txt`, print the tables, and return the JSON content."""
+def write_report(evaluation: Evaluation, backbone: MoETransformer, corpus: Corpus, folder: Path) -> Figure:
+    """Write `evaluation.json`, `tradeoff.png` and `tables.txt`, print the tables, and return the figure."""
     curves, native = evaluation.curves, evaluation.evaluator.native
     chance = [point.accuracy for name in ("random-subset", "random-k") for point in curves.get(name, [])]
     summary = summarize(curves, native_accuracy=native.accuracy, random_accuracy=min(chance, default=0.0))
@@ -168,14 +179,15 @@ def write_report(evaluation: Evaluation, backbone: MoETransformer, corpus: Corpu
         parameters=backbone.num_parameters,
     )
     write_evaluation(folder / "evaluation.json", content)
-    save_figure(tradeoff_figure(curves, native), folder / "tradeoff.png")
+    figure = tradeoff_figure(curves, native)
+    save_figure(figure, folder / "tradeoff.png")
     text = StringIO()
     for console in (report_console(), report_console(text)):
         console.print(tradeoff_table(curves, native, computes=COMPUTES))
         if evaluation.comparisons:
             console.print(comparison_table(evaluation.comparisons))
     write_text_atomic(folder / "tables.txt", text.getvalue())
-    return content
+    return figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +212,8 @@ def run(config: EvaluateConfig) -> None:
     trained = read_config(config.run_dir, TrainConfig)
     corpus, backbone = load_parts(trained, pick_device(config.device))
     learned = load_router(config.run_dir, backbone).to(next(backbone.parameters()).device)
-    evaluation = evaluate(backbone, corpus, learned, config.evaluation, seed=trained.seed)
+    evaluator = held_out_evaluator(backbone, corpus, config.evaluation)
+    evaluation = evaluate(evaluator, backbone, corpus, learned, config.evaluation, seed=trained.seed)
     write_report(evaluation, backbone, corpus, config.output or config.run_dir)
 
 

@@ -27,9 +27,10 @@ from stable_baselines3.common.logger import Figure, configure
 from stable_baselines3.common.utils import LinearSchedule
 
 from envs import CorpusSource, EnvConfig, RoutingVecEnv
-from evaluate_rl import EvaluationConfig, LearnedPoint, evaluate, write_report
+from evaluate_rl import EvaluationConfig, LearnedPoint, evaluate, held_out_evaluator, write_report
 from evaluation import Evaluator, loss_at, tradeoff_figure, usage_figure
 from moe_backbone import BackboneConfig, MoETransformer
+from moe_backbone.checks import require_at_least
 from moe_backbone.corpus import Corpus, load_corpus
 from moe_backbone.files import write_atomic
 from moe_backbone.pretrain import PretrainConfig, load_or_train
@@ -70,9 +71,7 @@ class PPOConfig:
     """Stop an update when the KL estimate passes 1.5 times this; None for never."""
 
     def __post_init__(self) -> None:
-        for name in ("num_sequences", "n_epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(self, 1, "num_sequences", "n_epochs", "batch_size")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.advantage not in ("leave_one_out", "gae"):
@@ -109,12 +108,8 @@ class TrainConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self) -> None:
-        for name in ("total_timesteps", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("eval_times", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        require_at_least(self, 1, "total_timesteps", "checkpoint_every")
+        require_at_least(self, 0, "eval_times", "seed")
         if self.random_routing is not None:
             replace(self.pretrain, random_routing=self.random_routing)
 
@@ -151,10 +146,15 @@ def pick_device(name: str) -> str:
 def load_parts(config: TrainConfig, device: str) -> tuple[Corpus, MoETransformer]:
     """The corpus and the trained backbone of a run."""
     corpus = load_corpus(config.corpus, seq_len=config.backbone.seq_len)
+    return corpus, load_backbone(config, corpus, device)
+
+
+def load_backbone(config: TrainConfig, corpus: Corpus, device: str) -> MoETransformer:
+    """The trained backbone of a run."""
     pretrain = config.pretrain
     if config.random_routing is not None:
         pretrain = replace(pretrain, random_routing=config.random_routing)
-    return corpus, load_or_train(corpus, config.backbone, pretrain, device=device)
+    return load_or_train(corpus, config.backbone, pretrain, device=device)
 
 
 def build_model(config: TrainConfig, backbone: MoETransformer, corpus: Corpus) -> RoutingPPO:
@@ -189,18 +189,17 @@ def build_model(config: TrainConfig, backbone: MoETransformer, corpus: Corpus) -
 class Run:
     """One training run in its folder."""
 
-    def __init__(self, config: TrainConfig, folder: Path) -> None:
+    def __init__(self, config: TrainConfig, folder: Path, corpus: Corpus, device: str) -> None:
         """Load or train the backbone, build the environment, and restore the checkpoint if there is one."""
-        self.config, self.folder = config, folder
-        device = pick_device(config.device)
-        self.corpus, self.backbone = load_parts(config, device)
+        self.config, self.folder, self.corpus = config, folder, corpus
+        self.backbone = load_backbone(config, corpus, device)
         self.model = build_model(config, self.backbone, self.corpus)
         self.checkpoint = folder / "checkpoints" / "last.zip"
         if self.checkpoint.exists():
             self._restore()
         self.model.set_logger(configure(str(folder), ["tensorboard"]))
         self.validation = Evaluator(self.backbone, self.corpus.validation, max_tokens=8192, device=device)
-        Evaluator(self.backbone, self.corpus.test, max_tokens=config.evaluation.max_tokens, device=device)  # or refuse
+        self.test = held_out_evaluator(self.backbone, self.corpus, config.evaluation)
 
     def _restore(self) -> None:
         env = self.model.env
@@ -265,10 +264,12 @@ class Run:
     def evaluate(self) -> None:
         """Score the learned router and all fixed ones on the test documents."""
         router = self.model.policy.router
-        evaluation = evaluate(self.backbone, self.corpus, router, self.config.evaluation, seed=self.config.seed)  # type: ignore[arg-type]
-        write_report(evaluation, self.backbone, self.corpus, self.folder)
-        figure = Figure(tradeoff_figure(evaluation.curves, evaluation.evaluator.native), close=False)
-        self.model.logger.record("figures/all_routers", figure, exclude=("stdout", "log", "json", "csv"))
+        settings, seed = self.config.evaluation, self.config.seed
+        evaluation = evaluate(self.test, self.backbone, self.corpus, router, settings, seed=seed)  # type: ignore[arg-type]
+        figure = write_report(evaluation, self.backbone, self.corpus, self.folder)
+        self.model.logger.record(
+            "figures/all_routers", Figure(figure, close=False), exclude=("stdout", "log", "json", "csv")
+        )
         self.model.logger.dump(self.model.num_timesteps)
 
 
@@ -292,20 +293,17 @@ def _asked_to_stop(saver: PeriodicSave) -> Iterator[None]:
 
 def run(config: TrainConfig) -> Path:
     """Train and evaluate; returns the run folder."""
-    started, new = time.perf_counter(), False
-    if config.resume is not None:
-        folder = config.resume
-        config = read_config(folder, TrainConfig)
-    else:
-        load_corpus(config.corpus, seq_len=config.backbone.seq_len)  # a bad corpus must not leave a folder behind
-        pick_device(config.device)
-        folder = new_run_folder(config.run_dir, config.seed)
-        new = True
+    started, resumed = time.perf_counter(), config.resume
+    if resumed is not None:
+        config = read_config(resumed, TrainConfig)
+    device = pick_device(config.device)
+    corpus = load_corpus(config.corpus, seq_len=config.backbone.seq_len)
+    folder = resumed or new_run_folder(config.run_dir, config.seed)
     logger.info("run: %s  (TensorBoard: tensorboard --logdir %s)", folder, folder.parent)
     try:
-        if new:
+        if resumed is None:
             describe_run(folder, config)
-        current = Run(config, folder)
+        current = Run(config, folder, corpus, device)
         current.train()
         trained = time.perf_counter()
         current.evaluate()
@@ -313,7 +311,7 @@ def run(config: TrainConfig) -> Path:
         logger.info("\nstopped; go on with: python train_rl.py --resume %s", shlex.quote(str(folder)))
         sys.exit(130)
     except (ValueError, OSError):
-        if new and not (folder / "checkpoints").exists():  # nothing to go on with
+        if resumed is None and not (folder / "checkpoints").exists():  # nothing to go on with
             shutil.rmtree(folder)
         raise
     logger.info(

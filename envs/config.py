@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
+from moe_backbone.checks import require_at_least, require_price
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +32,10 @@ class EnvConfig:
 
     def __post_init__(self) -> None:
         for name in ("price_low", "price_high"):
-            check_price(name, getattr(self, name))
+            require_price(name, getattr(self, name))
         if self.price_high < self.price_low:
             raise ValueError(f"price_high must be at least price_low={self.price_low}, got {self.price_high}")
-        if self.rollouts_per_sequence < 1:
-            raise ValueError(f"rollouts_per_sequence must be at least 1, got {self.rollouts_per_sequence}")
+        require_at_least(self, 1, "rollouts_per_sequence")
         for name, known in (
             ("quality", ("kl", "log_likelihood", "accuracy")),
             ("credit", ("token", "sequence")),
@@ -44,14 +43,3 @@ class EnvConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-
-
-def check_price(name: str, value: float) -> None:
-    """Refuse a price whose logarithm an observation cannot hold.
-
-    Raises:
-        ValueError: If it is not positive and finite in float32.
-    """
-    limits = np.finfo(np.float32)
-    if not float(limits.tiny) <= value <= float(limits.max):
-        raise ValueError(f"{name} must be positive and finite, got {value}")

@@ -14,11 +14,12 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from envs.config import EnvConfig, check_price
+from envs.config import EnvConfig
 from envs.layout import OBSERVATION_BOUND, ObservationLayout
 from envs.reward import quality, shared, step_reward
 from envs.token_source import TokenSource
 from moe_backbone import ComputeMeter, MoETransformer, NativeRouter, best_units
+from moe_backbone.checks import require_price
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +154,7 @@ class RoutingMDP:
     def _prices(self, generator: np.random.Generator, price: float | None) -> Tensor:
         low, high = self.config.price_low, self.config.price_high
         if price is not None:
-            check_price("price", price)
+            require_price("price", price)
             low = high = price
         drawn = np.exp(generator.uniform(np.log(low), np.log(high), self.num_sequences))
         return torch.as_tensor(drawn, dtype=torch.float32, device=self.device)

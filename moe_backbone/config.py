@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from moe_backbone.checks import require, require_at_least
+
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
@@ -40,23 +42,23 @@ class BackboneConfig:
     """Base of the rotary position frequencies (arXiv:2104.09864)."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_experts", "intermediate_size"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        _require(self.seq_len >= 2, f"seq_len must be at least 2, got {self.seq_len}")
-        _require(
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_experts", "intermediate_size")
+        require_at_least(self, 1, *sizes)
+        require_at_least(self, 2, "seq_len")
+        require(
             1 <= self.top_k <= self.num_experts,
             f"top_k must lie in [1, num_experts={self.num_experts}], got {self.top_k}",
         )
-        _require(
+        require(
             self.hidden_size % (2 * self.num_heads) == 0,
             f"hidden_size must be a multiple of 2 * num_heads={2 * self.num_heads}, got {self.hidden_size}",
         )
-        _require(
+        require(
             self.shared_intermediate_size >= 0,
             f"shared_intermediate_size must be at least 0, got {self.shared_intermediate_size}",
         )
-        _require(self.rope_theta > 0, f"rope_theta must be positive, got {self.rope_theta}")
-        _require(self.mixing in ("renormalize", "keep"), f"mixing must be 'renormalize' or 'keep', got {self.mixing!r}")
+        require(self.rope_theta > 0, f"rope_theta must be positive, got {self.rope_theta}")
+        require(self.mixing in ("renormalize", "keep"), f"mixing must be 'renormalize' or 'keep', got {self.mixing!r}")
 
     @property
     def head_size(self) -> int:
@@ -67,8 +69,3 @@ class BackboneConfig:
     def max_units(self) -> int:
         """Units of the largest site: the width of an action."""
         return max(self.num_heads, self.num_experts)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from moe_backbone.checks import require_at_least
 from moe_backbone.config import BackboneConfig
 from moe_backbone.corpus import Corpus, Split
 from moe_backbone.files import write_atomic
@@ -60,9 +61,7 @@ class PretrainConfig:
     """Seed of weights, batches and random routing."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "sequences", "eval_every", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(self, 1, "steps", "sequences", "eval_every", "patience")
         for name in ("random_routing", "random_from"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")

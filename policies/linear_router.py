@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_backbone.checks import require_price
 from moe_backbone.sites import RoutingSite, SiteView
 
 SCORE_FLOOR = -6.0
@@ -100,8 +101,7 @@ class LinearRouter(nn.Module):
         Raises:
             ValueError: If the price is not positive and finite.
         """
-        if not (math.isfinite(price) and price > 0):
-            raise ValueError(f"price must be positive and finite, got {price}")
+        require_price("price", price)
         return PricedRouter(self, price)
 
     def centred_log_price(self, log_price: Tensor) -> Tensor:

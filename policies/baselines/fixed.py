@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_backbone.checks import require
 from moe_backbone.sites import NativeRouter, SiteView, best_units
 
 
@@ -86,12 +87,6 @@ class TopP:
         ordered, order = view.scores.exp().sort(dim=1, descending=True)
         reached_before = ordered.cumsum(1) - ordered
         return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, reached_before < self.mass)
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise a ValueError with `message` unless `condition` holds."""
-    if not condition:
-        raise ValueError(message)
 
 
 def require_count(k: int, view: SiteView) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from moe_backbone.checks import require, require_at_least
 from moe_backbone.compute import native_shares
 from moe_backbone.sites import Backbone
-from policies.baselines.fixed import require
 from policies.baselines.prefix import Outcome, PrefixCache
 from policies.baselines.site_rules import ExpertRule, HeadRule, PerSiteRules, SiteRule, expert_ladder, native_rules
 
@@ -40,8 +40,7 @@ class GreedyConfig:
     """Steps from one evaluation of all candidates to the next."""
 
     def __post_init__(self) -> None:
-        for name in ("lookahead", "moves", "refresh", "refresh_all_every"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(self, 1, "lookahead", "moves", "refresh", "refresh_all_every")
         for name in ("stop_compute", "least_saving"):
             require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_backbone.checks import require
 from moe_backbone.sites import Backbone, NativeRouter, Router, SiteView
-from policies.baselines.fixed import require
 from policies.baselines.prefix import PrefixCache
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_backbone.checks import require
 from moe_backbone.sites import NativeRouter, SiteView, best_units
-from policies.baselines.fixed import require, require_count
+from policies.baselines.fixed import require_count
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,36 @@
+"""Refusals of what a user can get wrong: name, rule, actual value."""
+
+from __future__ import annotations
+
+import torch
+
+
+def require(condition: bool, message: str) -> None:
+    """Refuse with `message` unless `condition` holds.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if not condition:
+        raise ValueError(message)
+
+
+def require_at_least(config: object, least: int, *names: str) -> None:
+    """Refuse settings below `least`.
+
+    Raises:
+        ValueError: Names the first that is.
+    """
+    for name in names:
+        value = getattr(config, name)
+        require(value >= least, f"{name} must be at least {least}, got {value}")
+
+
+def require_price(name: str, value: float) -> None:
+    """Refuse a price whose logarithm an observation cannot hold.
+
+    Raises:
+        ValueError: If it is not positive and finite in float32.
+    """
+    limits = torch.finfo(torch.float32)
+    require(limits.tiny <= value <= limits.max, f"{name} must be positive and finite, got {value}")
