@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -111,7 +110,7 @@ class Evaluator:
             AssertionError: If the rows that ran are not the rows that the router asked for.
         """
         tally = Tally(self._meter)
-        with torch.no_grad(), _compact_heads(self.backbone), count_rows() as counted:
+        with torch.no_grad(), count_rows() as counted:
             documents, seconds = self._run(router, price, tally)
         tally.check_rows(counted)
         overhead = float(getattr(router, "overhead_flops", 0.0))
@@ -170,17 +169,3 @@ def evaluate_all(evaluator: Evaluator, points: Sequence[PointSpec]) -> list[Poin
         price, seed = getattr(spec, "price", 0.0), getattr(spec, "seed", None)
         scored.append(evaluator.score(spec.name, spec.router, setting=spec.setting, price=price, seed=seed))
     return scored
-
-
-@contextmanager
-def _compact_heads(backbone: Backbone) -> Iterator[None]:
-    """Skip unchosen heads for real; a backbone without head sites has no such switch."""
-    before = getattr(backbone, "head_backend", None)
-    if before is None:
-        yield
-        return
-    backbone.head_backend = "compact"  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        backbone.head_backend = before  # type: ignore[attr-defined]

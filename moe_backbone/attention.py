@@ -8,33 +8,48 @@ import torch
 from torch import Tensor, nn
 
 from moe_backbone.config import BackboneConfig
-from moe_backbone.kernels import HEAD_ATTENTION, HeadBackend, rotate
+from moe_backbone.kernels import Backend, head_attention, linear, rotate
 
 if TYPE_CHECKING:
     from moe_backbone.transformer import RoutingState
 
+BLOCK_TOKENS = 1024
+"""Tokens whose attention a CPU computes at a time: larger intermediate results would not stay in its caches."""
+
 
 class KeyValueCache:
-    """Keys and values of the tokens decoded so far, per layer (num_sequences, num_heads, length, head_size).
+    """Keys and values of the tokens decoded so far, in memory that is taken once.
+
+    Args:
+        num_layers: Layers of the backbone.
+        capacity: Most positions of a sequence.
 
     Attributes:
         length: Tokens that went through all layers.
     """
 
-    def __init__(self, num_layers: int) -> None:
-        """Start empty."""
+    def __init__(self, num_layers: int, capacity: int) -> None:
         self.length = 0
-        self._keys: list[Tensor | None] = [None] * num_layers
-        self._values: list[Tensor | None] = [None] * num_layers
+        self.capacity = capacity
+        self._memory: list[Tensor | None] = [None] * num_layers
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append new positions and return all of them."""
-        old_keys, old_values = self._keys[layer], self._values[layer]
-        if old_keys is not None and old_values is not None:
-            keys = torch.cat((old_keys, keys), dim=2)
-            values = torch.cat((old_values, values), dim=2)
-        self._keys[layer], self._values[layer] = keys, values
-        return keys, values
+        """Write new positions behind `length` and return all of them: views that the next write does not move.
+
+        Args:
+            layer: Whose keys and values these are.
+            keys: (num_sequences, num_heads, num_new, head_size).
+            values: Same shape.
+        """
+        memory = self._memory[layer]
+        if memory is None:
+            num_sequences, num_heads, _, head_size = keys.shape
+            memory = keys.new_zeros(2, num_sequences, num_heads, self.capacity, head_size)
+            self._memory[layer] = memory
+        stop = self.length + keys.shape[2]
+        memory[0, :, :, self.length : stop] = keys
+        memory[1, :, :, self.length : stop] = values
+        return memory[0, :, :, :stop], memory[1, :, :, :stop]
 
 
 class Attention(nn.Module):
@@ -55,24 +70,36 @@ class Attention(nn.Module):
 
     def scores(self, features: Tensor) -> Tensor | None:
         """Log-softmax of the head gate (num_tokens, num_heads), or None without one."""
-        return None if self.gate is None else self.gate(features).log_softmax(1)
+        return None if self.gate is None else linear(features, self.gate.weight).log_softmax(1)
 
-    def forward(self, state: RoutingState, subset: Tensor, rotation: Tensor, backend: HeadBackend) -> Tensor:
+    def forward(self, state: RoutingState, subset: Tensor, rotation: Tensor, backend: Backend = "auto") -> Tensor:
         """Update of the residual stream (num_sequences, seq_len, hidden_size)."""
         hidden = state.features
         num_sequences, seq_len, _ = hidden.shape
-        keys, values = (
-            part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (hidden @ self.key_value).chunk(2, 2)
-        )
-        keys = rotate(keys, rotation)
-        if state.cache is not None:
-            keys, values = state.cache.extend(state.site_index // 2, keys, values)
         if state.scores is None:
             weights = hidden.new_ones(1, 1, 1).expand(num_sequences, seq_len, self.num_heads)
         else:
             weights = self.num_heads * state.scores.exp().unflatten(0, (num_sequences, seq_len))
         subset = subset.unflatten(0, (num_sequences, seq_len))
-        return HEAD_ATTENTION[backend](hidden, weights, subset, self.query, keys, values, self.output, rotation)
+        block = num_sequences
+        if state.cache is None and hidden.device.type == "cpu":
+            block = max(1, BLOCK_TOKENS // seq_len)
+        parts = zip(hidden.split(block), weights.split(block), subset.split(block), strict=True)
+        updates = [self._update(state, *part, rotation, backend) for part in parts]
+        return updates[0] if len(updates) == 1 else torch.cat(updates)
+
+    def _update(
+        self, state: RoutingState, hidden: Tensor, weights: Tensor, subset: Tensor, rotation: Tensor, backend: Backend
+    ) -> Tensor:
+        """The same for some of the sequences, or for all if there is a cache."""
+        keys, values = (
+            part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for part in linear(hidden, self.key_value, outputs_first=False).chunk(2, dim=2)
+        )
+        keys = rotate(keys, rotation)
+        if state.cache is not None:
+            keys, values = state.cache.extend(state.site_index // 2, keys, values)
+        return head_attention(hidden, weights, subset, self.query, keys, values, self.output, rotation, backend)
 
 
 def rotation_table(config: BackboneConfig) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_backbone.config import BackboneConfig
-from moe_backbone.kernels import expert_mlp
+from moe_backbone.kernels import Backend, expert_mlp, linear
 
 
 class ExpertLayer(nn.Module):
@@ -30,18 +30,20 @@ class ExpertLayer(nn.Module):
 
     def scores(self, features: Tensor) -> Tensor:
         """Log-softmax of the native gate (num_tokens, num_experts)."""
-        return self.gate(features).log_softmax(1)
+        return linear(features, self.gate.weight).log_softmax(1)
 
-    def forward(self, features: Tensor, scores: Tensor, subset: Tensor) -> Tensor:
+    def forward(self, features: Tensor, scores: Tensor, subset: Tensor, backend: Backend = "auto") -> Tensor:
         """Update of the residual stream (num_sequences, seq_len, hidden_size).
 
         Args:
             features: Normalised input (num_sequences, seq_len, hidden_size).
             scores: Native gate (num_tokens, num_experts).
             subset: Chosen experts, bool (num_tokens, num_experts).
+            backend: Which kernels run.
         """
         weights = mixing_weights(scores, subset, self.mixing)
-        update = expert_mlp(features.flatten(0, 1), weights, subset, self.gate_up, self.down).view_as(features)
+        rows = features.flatten(0, 1)
+        update = expert_mlp(rows, weights, subset, self.gate_up, self.down, backend).view_as(features)
         if self.shared is not None:
             gate, up = self.shared[0](features).chunk(2, dim=-1)
             update = update + self.shared[1](F.silu(gate) * up)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -117,5 +118,12 @@ def best_units(scores: Tensor, count: int | Tensor) -> Tensor:
 
     Example: scores [[.1, .7, .2]] with count 2 gives [[False, True, True]].
     """
-    ranks = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return ranks < (count.unsqueeze(1) if isinstance(count, Tensor) else count)
+    if isinstance(count, Tensor):
+        ranks = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        return ranks < count.unsqueeze(1)
+    if count <= 0 or count >= scores.shape[1]:
+        return torch.full_like(scores, count > 0, dtype=torch.bool)
+    last = scores.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
+    above, level = scores > last, scores == last  # a sort of whole rows would cost ten times more
+    missing = count - above.sum(1, keepdim=True, dtype=torch.int32)
+    return above | (level & (level.cumsum(1, dtype=torch.int32) <= missing))

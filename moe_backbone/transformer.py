@@ -13,7 +13,7 @@ from moe_backbone.attention import Attention, KeyValueCache, rotation_table
 from moe_backbone.compute import transformer_sites
 from moe_backbone.config import BackboneConfig
 from moe_backbone.experts import ExpertLayer
-from moe_backbone.kernels import HeadBackend
+from moe_backbone.kernels import Backend, linear
 from moe_backbone.sites import NativeRouter, Router, RoutingSite, SiteView
 
 
@@ -52,15 +52,14 @@ class MoETransformer(nn.Module):
 
     Attributes:
         sites: `2 * num_layers` routed sites in running order.
-        head_backend: Which implementation of the attention op runs; `reference` supports gradients and is fastest
-            for training batches, `compact` skips unchosen heads.
+        backend: Which kernels run; see `moe_backbone.kernels`.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
         self.sites: tuple[RoutingSite, ...] = transformer_sites(config)
-        self.head_backend: HeadBackend = "reference"
+        self.backend: Backend = "auto"
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.norms = nn.ModuleList(nn.RMSNorm(config.hidden_size, eps=1e-6) for _ in range(2 * config.num_layers + 1))
         self.attentions = nn.ModuleList(Attention(config) for _ in range(config.num_layers))
@@ -143,16 +142,16 @@ class MoETransformer(nn.Module):
         sublayer = self._sublayer(state.site_index)
         if isinstance(sublayer, Attention):
             rotation = self.rotation[:, state.first_position : state.first_position + state.tokens.shape[1]]
-            update = sublayer(state, subset, rotation, self.head_backend)
+            update = sublayer(state, subset, rotation, self.backend)
         else:
-            update = sublayer(state.features, state.scores, subset)
+            update = sublayer(state.features, state.scores, subset, self.backend)
         return self._stand_before(state, state.hidden + update, state.site_index + 1)
 
     def finish(self, state: RoutingState) -> Tensor:
         """Logits (num_sequences, seq_len, vocab_size) after the last site."""
         if state.cache is not None:
             state.cache.length += state.tokens.shape[1]
-        return self.output_head(state.features)
+        return linear(state.features, self.output_head.weight)
 
     def run(
         self,
@@ -175,7 +174,7 @@ class MoETransformer(nn.Module):
 
     def new_cache(self) -> KeyValueCache:
         """An empty cache for decoding."""
-        return KeyValueCache(self.config.num_layers)
+        return KeyValueCache(self.config.num_layers, self.config.seq_len)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits under native routing."""

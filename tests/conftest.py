@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from moe_backbone import BackboneConfig, MoETransformer, SiteView
 from moe_backbone.corpus import Corpus, load_corpus
+
+if not torch.cuda.is_available():  # before any kernel is decorated
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SEED = 0
 NUM_DOCUMENTS, WORDS_PER_DOCUMENT = 24, 60

@@ -1,16 +1,104 @@
-"""One public op per job; `reference` is the definition, the other paths must equal it."""
+"""One public op per job; `reference` is the definition, the other backends must equal it.
+
+`reference` computes in plain PyTorch and has gradients, `compact` skips on a CPU what was not chosen, `triton` does on
+CUDA. `auto` takes `triton` for CUDA tensors where Triton is installed, and otherwise `compact`, or `reference` where a
+gradient is wanted; it says in the log what it took.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from moe_backbone.kernels import compact, reference
-from moe_backbone.kernels.reference import expert_mlp, rotate
+from moe_backbone.kernels.layouts import linear
+from moe_backbone.kernels.reference import rotate
 from moe_backbone.kernels.rows import count_rows
 
-HeadBackend = Literal["reference", "compact"]
+logger = logging.getLogger(__name__)
 
-HEAD_ATTENTION = {"reference": reference.head_attention, "compact": compact.head_attention}
-"""Implementations of the attention op by name."""
+Backend = Literal["auto", "reference", "compact", "triton"]
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "compact", "triton")
 
-__all__ = ["HEAD_ATTENTION", "HeadBackend", "count_rows", "expert_mlp", "rotate"]
+__all__ = ["BACKENDS", "Backend", "count_rows", "expert_mlp", "head_attention", "linear", "rotate"]
+
+
+def expert_mlp(
+    hidden: Tensor, weights: Tensor, subset: Tensor, gate_up: Tensor, down: Tensor, backend: Backend = "auto"
+) -> Tensor:
+    """Weighted sum of the chosen SwiGLU experts; see `reference.expert_mlp` for shapes.
+
+    Raises:
+        ValueError: If the backend is unknown, or cannot run here.
+    """
+    tensors = (hidden, weights, gate_up, down)
+    return _implementation("expert_mlp", backend, tensors)(hidden, weights, subset, gate_up, down)
+
+
+def head_attention(
+    hidden: Tensor,
+    weights: Tensor,
+    subset: Tensor,
+    query_weight: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    output_weight: Tensor,
+    rotation: Tensor,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Causal attention in which each token uses a subset of the heads; see `reference.head_attention` for shapes.
+
+    Raises:
+        ValueError: If the backend is unknown, or cannot run here.
+    """
+    tensors = (hidden, weights, query_weight, keys, values, output_weight)
+    run = _implementation("head_attention", backend, tensors)
+    return run(hidden, weights, subset, query_weight, keys, values, output_weight, rotation)
+
+
+def _implementation(op: str, backend: Backend, tensors: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if backend == "auto":
+        backend = _choose(op, tensors[0].device.type, wants_gradient)
+    if backend == "triton":
+        return _triton(op)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "compact" and wants_gradient:
+        raise ValueError("backend must be 'reference' or 'triton' where a gradient is wanted, got 'compact'")
+    return getattr(reference if backend == "reference" else compact, op)
+
+
+@cache
+def _choose(op: str, device: str, wants_gradient: bool) -> Backend:
+    """What `auto` means; cached, so each choice is logged once."""
+    choice: Backend = "reference" if wants_gradient else "compact"
+    if device == "cuda" and _has_triton():
+        choice = "triton"
+    logger.info("%s on %s%s: %s kernels", op, device, " with gradients" if wants_gradient else "", choice)
+    return choice
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _triton(op: str) -> Callable[..., Tensor]:
+    """Imported on first use: everything else works without Triton."""
+    if not _has_triton():
+        raise ValueError("backend 'triton' must have Triton installed (pip install triton), got none")
+    from moe_backbone.kernels import triton_experts, triton_heads
+
+    ops: dict[str, Callable[..., Tensor]] = {
+        "expert_mlp": triton_experts.expert_mlp,
+        "head_attention": triton_heads.head_attention,
+    }
+    return ops[op]

@@ -1,12 +1,32 @@
-"""Heads that are really skipped on a CPU: only chosen (token, head) rows are projected and scored."""
+"""Work that follows the subset on a CPU: only chosen (token, unit) rows are gathered and multiplied. No gradients."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from moe_backbone.kernels.reference import rotate
+from moe_backbone.kernels import reference
+from moe_backbone.kernels.layouts import joint_product, products
 from moe_backbone.kernels.rows import record_rows
+
+
+def expert_mlp(hidden: Tensor, weights: Tensor, subset: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Equal to `reference.expert_mlp`; experts without rows are not touched.
+
+    Example: two tokens, expert 1 chosen for the second only, multiplies one row by expert 1 and touches no other.
+    """
+    rows = _chosen_rows(subset)
+    outputs = []
+    for tokens, widen, narrow in zip(rows.tokens_by_unit, products(gate_up), products(down), strict=True):
+        if len(tokens):
+            gate, up = widen(hidden.index_select(0, tokens)).chunk(2, dim=1)
+            outputs.append(narrow(F.silu(gate).mul_(up)))
+    if not outputs:
+        return torch.zeros_like(hidden)
+    return rows.combine("experts", torch.cat(outputs), weights[subset])
 
 
 def head_attention(
@@ -19,38 +39,125 @@ def head_attention(
     output_weight: Tensor,
     rotation: Tensor,
 ) -> Tensor:
-    """Equal to `reference.head_attention`; work follows the subset.
+    """Equal to `reference.head_attention`; heads without queries are not touched.
 
     Example: two tokens, head 0 chosen for the second only, multiplies one query row by head 0's two keys.
     """
-    num_sequences, num_queries, num_heads = subset.shape
-    flat = hidden.flatten(0, 1)
-    result = torch.zeros_like(flat)
-    hidden_bias = _future_bias(num_queries, keys.shape[2], hidden)
-    counts = subset.sum(1).tolist()
-    for head in range(num_heads):
-        rows = subset[:, :, head].flatten().nonzero().squeeze(1)
-        if rows.numel() == 0:
-            continue
-        positions = rows % num_queries
-        query = rotate(flat[rows] @ query_weight[head], rotation[:, positions])
-        record_rows("heads", query.shape[0])
-        bias = hidden_bias[positions]
-        mixed, start = [], 0
-        for sequence in range(num_sequences):
-            stop = start + counts[sequence][head]
-            if stop > start:
-                scores = torch.addmm(
-                    bias[start:stop], query[start:stop], keys[sequence, head].T, alpha=query.shape[1] ** -0.5
-                )
-                mixed.append(scores.softmax(1) @ values[sequence, head])
-            start = stop
-        update = (torch.cat(mixed) * weights[:, :, head].flatten()[rows].unsqueeze(1)) @ output_weight[head]
-        result.index_add_(0, rows, update)
-    return result.unflatten(0, (num_sequences, num_queries))
+    if subset.all():  # nothing to skip
+        return _all_heads(hidden, weights, query_weight, keys, values, output_weight, rotation)
+    flat, chosen = hidden.flatten(0, 1), subset.flatten(0, 1)
+    rows = _chosen_rows(chosen)
+    if not rows.tokens.numel():
+        return torch.zeros_like(hidden)
+    projected = [
+        project(flat.index_select(0, tokens))
+        for tokens, project in zip(rows.tokens_by_unit, products(query_weight), strict=True)
+    ]
+    positions = rows.tokens % hidden.shape[1]
+    query = reference.rotate(torch.cat(projected), rotation[:, positions])
+    if hidden.shape[1] == 1:
+        mixed = _mix_one_query(query, rows, keys, values)
+    else:
+        counts = subset.sum(1).t().flatten().tolist()  # head after head, sequence after sequence
+        mixed = _mix(query, positions, counts, hidden.shape[1], keys, values)
+    outputs = [project(part) for part, project in zip(mixed.split(rows.counts), products(output_weight), strict=True)]
+    return rows.combine("heads", torch.cat(outputs), weights.flatten(0, 1)[chosen]).view_as(hidden)
 
 
-def _future_bias(num_queries: int, num_keys: int, like: Tensor) -> Tensor:
-    """Minus infinity where a key lies after the query (num_queries, num_keys), else zero."""
-    bias = torch.full((num_queries, num_keys), float("-inf"), dtype=like.dtype, device=like.device)
-    return bias.triu(num_keys - num_queries + 1)
+def _all_heads(
+    hidden: Tensor,
+    weights: Tensor,
+    query_weight: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    output_weight: Tensor,
+    rotation: Tensor,
+) -> Tensor:
+    """The same when every token uses every head: one product for all heads."""
+    num_sequences, num_queries = hidden.shape[:2]
+    query = joint_product(query_weight, units_in=False)(hidden.flatten(0, 1))
+    query = query.view(num_sequences, num_queries, keys.shape[1], keys.shape[3]).transpose(1, 2)
+    visible = None
+    if 1 < num_queries != keys.shape[2]:
+        visible = hidden.new_ones(num_queries, keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - num_queries)
+    mixed = F.scaled_dot_product_attention(
+        reference.rotate(query, rotation), keys, values, attn_mask=visible, is_causal=num_queries == keys.shape[2]
+    )
+    mixed = (mixed.transpose(1, 2) * weights.unsqueeze(-1)).flatten(0, 1).flatten(1)
+    record_rows("heads", mixed.shape[0] * keys.shape[1])
+    return joint_product(output_weight, units_in=True)(mixed).view_as(hidden)
+
+
+class _Rows(NamedTuple):
+    """Chosen (token, unit) pairs, unit after unit and by token inside a unit."""
+
+    tokens: Tensor
+    """Token of each row (num_rows,), int64."""
+    units: Tensor
+    """Unit of each row (num_rows,), int64."""
+    counts: list[int]
+    """Rows of each unit."""
+    by_token: Tensor
+    """Numbers of the rows token after token (num_rows,), int64."""
+    first: Tensor
+    """Where each token's rows begin in `by_token` (num_tokens,), int64."""
+
+    @property
+    def tokens_by_unit(self) -> tuple[Tensor, ...]:
+        """Tokens of each unit's rows."""
+        return self.tokens.split(self.counts)
+
+    def combine(self, kind: str, outputs: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum of each token's rows (num_tokens, hidden_size); zeros for a token without any.
+
+        Args:
+            kind: Of the units, for the row counters.
+            outputs: Of the units (num_rows, hidden_size).
+            weights: Of the rows, in the order of `by_token` (num_rows,).
+        """
+        record_rows(kind, outputs.shape[0])
+        return F.embedding_bag(self.by_token, outputs, self.first, mode="sum", per_sample_weights=weights)
+
+
+def _chosen_rows(subset: Tensor) -> _Rows:
+    """Rows of a subset (num_tokens, num_units), bool.
+
+    Example: subset [[1, 1], [0, 1]] has the rows (token 0, unit 0), (0, 1) and (1, 1); token 0 owns the first two.
+    """
+    tokens, units = subset.nonzero().unbind(1)
+    order = units.to(torch.int16).argsort(stable=True)  # short keys sort several times faster
+    by_token = torch.empty_like(order)
+    by_token[order] = torch.arange(len(order), device=order.device)
+    counts = units.bincount(minlength=subset.shape[1]).tolist()
+    per_token = tokens.bincount(minlength=subset.shape[0])
+    return _Rows(tokens[order], units[order], counts, by_token, per_token.cumsum(0) - per_token)
+
+
+def _mix(query: Tensor, positions: Tensor, counts: list[int], num_queries: int, keys: Tensor, values: Tensor) -> Tensor:
+    """What each chosen query attends to (num_rows, head_size), by one small product a head and sequence.
+
+    Args:
+        query: Rotated (num_rows, head_size), head after head, sequence after sequence.
+        positions: Of the rows among the queries (num_rows,), int64.
+        counts: Rows of each head and sequence.
+        num_queries: Queries of a sequence before any were skipped.
+        keys: (num_sequences, num_heads, num_keys, head_size).
+        values: Same shape.
+    """
+    num_keys = keys.shape[2]
+    hidden_future = query.new_full((num_queries, num_keys), float("-inf")).triu(num_keys - num_queries + 1)
+    mixed = torch.empty_like(query)
+    parts = (tensor.split(counts) for tensor in (query * query.shape[1] ** -0.5, positions, mixed))
+    caches = ([own for head in cache.unbind(1) for own in head.unbind(0)] for cache in (keys.mT, values))
+    for queries, places, mixture, own_keys, own_values in zip(*parts, *caches, strict=True):
+        if len(queries):
+            scores = torch.addmm(hidden_future.index_select(0, places), queries, own_keys)
+            torch.mm(scores.softmax(1), own_values, out=mixture)
+    return mixed
+
+
+def _mix_one_query(query: Tensor, rows: _Rows, keys: Tensor, values: Tensor) -> Tensor:
+    """The same where each sequence has one query, which attends to every key: chosen caches side by side."""
+    chosen = rows.tokens * keys.shape[1] + rows.units
+    own_keys, own_values = (cache.flatten(0, 1).index_select(0, chosen).unsqueeze(1) for cache in (keys, values))
+    return F.scaled_dot_product_attention(query[:, None, None], own_keys, own_values)[:, 0, 0]

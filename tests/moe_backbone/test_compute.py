@@ -89,7 +89,7 @@ def test_counted_rows_equal_the_chosen_units(
     tiny_backbone: MoETransformer, tiny_tokens: Tensor, random_subsets: Router
 ) -> None:
     """What is charged is what the ops multiplied: one row for each chosen unit of each token."""
-    tiny_backbone.head_backend = "compact"
+    tiny_backbone.backend = "compact"
     with count_rows() as rows:
         _, subsets = tiny_backbone.run(tiny_tokens, random_subsets)
     chosen = {"heads": 0, "experts": 0}

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_backbone.kernels import HEAD_ATTENTION, HeadBackend, count_rows, expert_mlp, rotate
+from moe_backbone.kernels import Backend, count_rows, expert_mlp, head_attention, rotate
 from moe_backbone.kernels.rows import record_rows
 
 HIDDEN_SIZE, HEAD_SIZE, INTERMEDIATE_SIZE = 6, 4, 5
 DTYPE = torch.float64
-BACKENDS: tuple[HeadBackend, ...] = ("reference", "compact")
+BACKENDS: tuple[Backend, ...] = ("reference", "compact")
 
 SUBSETS: dict[str, Callable[[Tensor], Tensor]] = {
     "random": lambda subset: subset,
@@ -78,13 +78,28 @@ def _looped_expert_mlp(hidden: Tensor, weights: Tensor, subset: Tensor, gate_up:
 @pytest.mark.parametrize("num_experts", [1, 3])
 @pytest.mark.parametrize("num_tokens", [1, 2, 7])
 def test_expert_mlp_equals_a_loop_over_tokens_and_experts(num_tokens: int, num_experts: int, pattern: str) -> None:
-    """Output and every gradient are those of one token and one expert at a time."""
+    """Output of each backend and every gradient are those of one token and one expert at a time."""
     hidden, weights, gate_up, down = inputs = _expert_inputs(num_tokens, num_experts)
     subset = _subset(pattern, num_tokens, num_experts)
     output = expert_mlp(hidden, weights, subset, gate_up, down)
     expected = _looped_expert_mlp(hidden, weights, subset, gate_up, down)
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(_gradients(output, inputs), _gradients(expected, inputs))
+    with torch.no_grad():
+        torch.testing.assert_close(expert_mlp(hidden, weights, subset, gate_up, down, "compact"), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expert_mlp_multiplies_only_chosen_rows(backend: Backend) -> None:
+    """The docstring's example: expert 1 for the second of two tokens is one row, and no NaN of another expert leaks."""
+    hidden, weights, gate_up, down = (tensor.detach() for tensor in _expert_inputs(2, 3))
+    hidden[0], weights[0], gate_up[[0, 2]], down[[0, 2]] = math.nan, math.nan, math.nan, math.nan
+    subset = torch.tensor([[False, False, False], [False, True, False]])
+    with count_rows() as rows:
+        output = expert_mlp(hidden, weights, subset, gate_up, down, backend)
+    assert rows["experts"] == 1
+    assert output[0].eq(0).all()
+    torch.testing.assert_close(output[1], weights[1, 1] * _expert(hidden[1], gate_up[1], down[1]))
 
 
 def test_expert_mlp_mixes_the_chosen_experts() -> None:
@@ -96,20 +111,24 @@ def test_expert_mlp_mixes_the_chosen_experts() -> None:
     torch.testing.assert_close(output[0], 0.25 * first + 0.75 * last)
 
 
-def test_expert_mlp_gives_exact_zeros_to_a_token_without_experts() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expert_mlp_gives_exact_zeros_to_a_token_without_experts(backend: Backend) -> None:
     """Zero to the bit, so that the residual stream really passes unchanged."""
     hidden, weights, gate_up, down = _expert_inputs(5, 3)
     subset = torch.ones(5, 3, dtype=torch.bool)
     subset[2] = False
-    output = expert_mlp(hidden, weights, subset, gate_up, down)
+    with torch.no_grad():
+        output = expert_mlp(hidden, weights, subset, gate_up, down, backend)
     assert output[2].eq(0).all()
     assert output[[0, 1, 3, 4]].ne(0).all()
 
 
-def test_expert_mlp_of_no_tokens_is_empty() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expert_mlp_of_no_tokens_is_empty(backend: Backend) -> None:
     """An empty batch gives an empty output, not an error."""
     hidden, weights, gate_up, down = _expert_inputs(0, 3)
-    output = expert_mlp(hidden, weights, torch.zeros(0, 3, dtype=torch.bool), gate_up, down)
+    with torch.no_grad():
+        output = expert_mlp(hidden, weights, torch.zeros(0, 3, dtype=torch.bool), gate_up, down, backend)
     assert output.shape == (0, HIDDEN_SIZE)
 
 
@@ -147,9 +166,10 @@ def _attention_inputs(num_sequences: int, num_queries: int, num_keys: int, num_h
     )
 
 
-def _attend(backend: HeadBackend, subset: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+def _attend(backend: Backend, subset: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
     hidden, weights, *rest = inputs
-    return HEAD_ATTENTION[backend](hidden, weights, subset, *rest)
+    with torch.set_grad_enabled(backend != "compact"):
+        return head_attention(hidden, weights, subset, *rest, backend=backend)
 
 
 def _turn(vector: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -188,7 +208,7 @@ ATTENTION_SIZES = [
 @pytest.mark.parametrize("sizes", ATTENTION_SIZES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_head_attention_equals_a_loop_over_tokens_and_heads(
-    backend: HeadBackend, sizes: tuple[int, int, int, int], pattern: str
+    backend: Backend, sizes: tuple[int, int, int, int], pattern: str
 ) -> None:
     """Each backend gives what one token and one head at a time give."""
     inputs = _attention_inputs(*sizes)
@@ -215,7 +235,7 @@ def test_compact_attention_equals_reference_over_random_subsets(seed_: int) -> N
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_head_attention_gives_exact_zeros_to_a_token_without_heads(backend: HeadBackend) -> None:
+def test_head_attention_gives_exact_zeros_to_a_token_without_heads(backend: Backend) -> None:
     """Zero to the bit, so that the residual stream really passes unchanged."""
     subset = torch.ones(2, 5, 3, dtype=torch.bool)
     subset[1, 2] = False
@@ -225,7 +245,7 @@ def test_head_attention_gives_exact_zeros_to_a_token_without_heads(backend: Head
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_head_attention_of_no_sequences_is_empty(backend: HeadBackend) -> None:
+def test_head_attention_of_no_sequences_is_empty(backend: Backend) -> None:
     """An empty batch gives an empty output, not an error."""
     output = _attend(backend, torch.zeros(0, 5, 3, dtype=torch.bool), _attention_inputs(0, 5, 5, 3))
     assert output.shape == (0, 5, HIDDEN_SIZE)

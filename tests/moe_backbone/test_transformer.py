@@ -11,10 +11,10 @@ from torch import Tensor
 
 from moe_backbone import BackboneConfig, MoETransformer, NativeRouter, Router, SiteView
 from moe_backbone.experts import ExpertLayer
-from moe_backbone.kernels import HeadBackend
+from moe_backbone.kernels import Backend
 from moe_backbone.transformer import RoutingState, balance_loss
 
-BACKENDS: tuple[HeadBackend, ...] = ("reference", "compact")
+BACKENDS: tuple[Backend, ...] = ("reference", "compact")
 CHANGED = 9
 """Position of the token that is changed in tests of causality."""
 
@@ -60,10 +60,10 @@ def test_run_under_the_native_router_is_forward(tiny_backbone: MoETransformer, t
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_later_token_never_changes_earlier_logits(
-    backend: HeadBackend, tiny_backbone: MoETransformer, tiny_tokens: Tensor, random_subsets: Router
+    backend: Backend, tiny_backbone: MoETransformer, tiny_tokens: Tensor, random_subsets: Router
 ) -> None:
     """Under random subsets, a changed token shows at its own position and after it, nowhere before."""
-    tiny_backbone.head_backend = backend
+    tiny_backbone.backend = backend
     before, subsets = tiny_backbone.run(tiny_tokens, random_subsets)
     changed = tiny_tokens.clone()
     changed[:, CHANGED] = (changed[:, CHANGED] + 1) % tiny_backbone.config.vocab_size
@@ -89,7 +89,7 @@ def test_later_subsets_never_change_earlier_logits(
 def test_site_by_site_equals_token_by_token(
     routing: str,
     head_gate: bool,
-    backend: HeadBackend,
+    backend: Backend,
     tiny_config: BackboneConfig,
     tiny_tokens: Tensor,
     random_subsets: Router,
@@ -97,7 +97,7 @@ def test_site_by_site_equals_token_by_token(
     """Decoding with a cache shows the same features at every site and ends in the same logits as prefill."""
     config = replace(tiny_config, head_gate=head_gate, shared_intermediate_size=8)
     backbone = MoETransformer(config).requires_grad_(False)
-    backbone.head_backend = backend
+    backbone.backend = backend
     _, subsets = backbone.run(tiny_tokens, NativeRouter() if routing == "native" else random_subsets)
     features, logits = _observed(backbone, backbone.begin(tiny_tokens), subsets)
     cache = backbone.new_cache()
@@ -129,10 +129,10 @@ def test_sequences_do_not_see_each_other(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_subsets_leave_the_residual_stream_unchanged(
-    backend: HeadBackend, tiny_backbone: MoETransformer, tiny_tokens: Tensor
+    backend: Backend, tiny_backbone: MoETransformer, tiny_tokens: Tensor
 ) -> None:
     """With nothing chosen anywhere, what reaches the output head is the embedding, to the bit."""
-    tiny_backbone.head_backend = backend
+    tiny_backbone.backend = backend
     state = tiny_backbone.begin(tiny_tokens)
     while state.site_index < len(tiny_backbone.sites):
         state = tiny_backbone.advance(state, _Empty().select(tiny_backbone.observe(state)))

@@ -1,0 +1,136 @@
+"""Which kernels run, and weights that are laid out once."""
+
+from __future__ import annotations
+
+import gc
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_backbone import MoETransformer, NativeRouter
+from moe_backbone import kernels as ops
+from moe_backbone.attention import KeyValueCache
+from moe_backbone.kernels import layouts
+
+ROWS, INPUTS, OUTPUTS = 32, 128, 192  # large enough to be packed
+
+
+@pytest.fixture
+def weight(seed: int) -> Tensor:
+    """Three matrices (3, INPUTS, OUTPUTS), frozen."""
+    return torch.randn(3, INPUTS, OUTPUTS)
+
+
+@pytest.fixture
+def rows(seed: int) -> Tensor:
+    """Rows to multiply (ROWS, INPUTS)."""
+    return torch.randn(ROWS, INPUTS)
+
+
+def _expert_arguments() -> tuple[Tensor, ...]:
+    return torch.randn(3, 4), torch.rand(3, 2), torch.rand(3, 2) < 0.5, torch.randn(2, 4, 6), torch.randn(2, 3, 4)
+
+
+def test_auto_says_once_what_it_took(caplog: pytest.LogCaptureFixture) -> None:
+    """One line an op, and another only when gradients change the choice."""
+    ops._choose.cache_clear()
+    arguments = _expert_arguments()
+    with caplog.at_level(logging.INFO, logger="moe_backbone.kernels"):
+        for _ in range(3):
+            ops.expert_mlp(*arguments)
+        arguments[0].requires_grad_()
+        ops.expert_mlp(*arguments).sum().backward()
+    assert caplog.messages == [
+        "expert_mlp on cpu: compact kernels",
+        "expert_mlp on cpu with gradients: reference kernels",
+    ]
+
+
+def test_unknown_backend_is_refused() -> None:
+    """One line with name, rule and actual."""
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, compact, triton, got 'cuda'"):
+        ops.expert_mlp(*_expert_arguments(), backend="cuda")  # type: ignore[arg-type]
+
+
+def test_compact_refuses_gradients() -> None:
+    """It has none, and says which backends do."""
+    arguments = _expert_arguments()
+    with pytest.raises(ValueError, match="backend must be 'reference' or 'triton' where a gradient is wanted"):
+        ops.expert_mlp(arguments[0].requires_grad_(), *arguments[1:], backend="compact")
+
+
+def test_triton_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking for Triton without it is an error that says what to install, never another backend."""
+    ops._triton.cache_clear()
+    monkeypatch.setattr(ops, "_has_triton", lambda: False)
+    with pytest.raises(ValueError, match="backend 'triton' must have Triton installed"):
+        ops.expert_mlp(*_expert_arguments(), backend="triton")
+
+
+def test_products_equal_matrix_products(weight: Tensor, rows: Tensor) -> None:
+    """Packed for many rows, plain for one."""
+    for matrix, product in zip(weight, layouts.products(weight), strict=True):
+        torch.testing.assert_close(product(rows), rows @ matrix, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(product(rows[:1]), rows[:1] @ matrix)
+
+
+@pytest.mark.parametrize("part", [slice(None), 1], ids=["all", "one matrix"])
+def test_a_changed_weight_is_laid_out_again(weight: Tensor, rows: Tensor, part: slice | int) -> None:
+    """A layout never outlives the numbers it was made from."""
+    layouts.products(weight)
+    weight[part] *= 2
+    torch.testing.assert_close(layouts.products(weight)[1](rows), rows @ weight[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_layout_is_made_once(weight: Tensor) -> None:
+    """Laid out at the first use only."""
+    before = len(layouts._layouts)
+    first, second = layouts.products(weight)[0], layouts.products(weight)[0]
+    if first.packed is None:
+        pytest.skip("this build of torch cannot lay out weights")
+    assert first.packed is second.packed
+    assert len(layouts._layouts) == before + 1
+
+
+def test_a_layout_dies_with_its_weight() -> None:
+    """No memory stays behind."""
+    before = len(layouts._layouts)
+    layouts.products(torch.randn(1, INPUTS, OUTPUTS))
+    gc.collect()
+    assert len(layouts._layouts) == before
+
+
+def test_gradients_flow_through_a_frozen_linear(rows: Tensor) -> None:
+    """The library's product has no gradient, so it is not taken where one is wanted."""
+    matrix = torch.randn(OUTPUTS, INPUTS)
+    rows.requires_grad_()
+    layouts.linear(rows, matrix).sum().backward()
+    assert rows.grad is not None
+    torch.testing.assert_close(rows.grad, matrix.sum(0).expand_as(rows), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_learn_are_not_laid_out(weight: Tensor) -> None:
+    """They change at each step."""
+    assert layouts.products(weight.requires_grad_())[0].packed is None
+
+
+def test_cache_returns_what_was_written() -> None:
+    """Positions come back in order, and writing at the same length again replaces them."""
+    cache = KeyValueCache(num_layers=1, capacity=5)
+    first, second, other = torch.randn(3, 2, 3, 2, 4)
+    cache.extend(0, first, -first)
+    cache.length = 2
+    cache.extend(0, other, -other)
+    keys, values = cache.extend(0, second, -second)
+    torch.testing.assert_close(keys, torch.cat((first, second), dim=2))
+    torch.testing.assert_close(values, -keys)
+
+
+def test_a_backbone_that_learns_and_a_frozen_one_agree(tiny_backbone: MoETransformer, tiny_tokens: Tensor) -> None:
+    """Reference kernels with gradients and compact kernels without give the same logits."""
+    frozen, _ = tiny_backbone.run(tiny_tokens, NativeRouter())
+    learning, _ = tiny_backbone.requires_grad_().run(tiny_tokens, NativeRouter())
+    assert learning.requires_grad
+    torch.testing.assert_close(frozen, learning.detach(), rtol=1e-4, atol=1e-5)
