@@ -57,17 +57,28 @@ class Split:
         Returns:
             Tokens, next tokens and document ids, each (num_windows, seq_len), int64.
         """
-        available = (len(self.tokens) - 1) // seq_len
+        available = self.num_windows(seq_len)
         count = max(1, min(available, max_tokens // seq_len))
-        starts = torch.from_numpy(np.linspace(0, available - 1, count).round().astype(np.int64)) * seq_len
-        rows = starts.unsqueeze(1) + torch.arange(seq_len)
-        return self.tokens[rows].long(), self.tokens[rows + 1].long(), self.document_ids[rows]
+        starts = np.linspace(0, available - 1, count).round().astype(np.int64) * seq_len
+        return *self.at(starts, seq_len), self.document_ids[_rows(starts, seq_len)]
 
     def sample(self, count: int, seq_len: int, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Windows at random places: tokens and next tokens, each (count, seq_len), int64."""
-        starts = torch.from_numpy(generator.integers(0, len(self.tokens) - seq_len, size=count))
-        rows = starts.unsqueeze(1) + torch.arange(seq_len)
+        return self.at(generator.integers(0, len(self.tokens) - seq_len, size=count), seq_len)
+
+    def num_windows(self, seq_len: int) -> int:
+        """Windows of `seq_len` tokens, each with its next tokens, that fit side by side."""
+        return (len(self.tokens) - 1) // seq_len
+
+    def at(self, starts: np.ndarray, seq_len: int) -> tuple[Tensor, Tensor]:
+        """Windows that begin at `starts`, int64 (count,): tokens and next tokens, each (count, seq_len), int64."""
+        rows = _rows(starts, seq_len)
         return self.tokens[rows].long(), self.tokens[rows + 1].long()
+
+
+def _rows(starts: np.ndarray, seq_len: int) -> Tensor:
+    """Places of every token of the windows that begin at `starts` (count, seq_len), int64."""
+    return torch.from_numpy(starts).unsqueeze(1) + torch.arange(seq_len)
 
 
 @dataclass(frozen=True, kw_only=True)

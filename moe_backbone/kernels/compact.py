@@ -44,7 +44,7 @@ def head_attention(
     Example: two tokens, head 0 chosen for the second only, multiplies one query row by head 0's two keys.
     """
     if subset.all():  # nothing to skip
-        return _all_heads(hidden, weights, query_weight, keys, values, output_weight, rotation)
+        return all_heads(hidden, weights, subset, query_weight, keys, values, output_weight, rotation)
     flat, chosen = hidden.flatten(0, 1), subset.flatten(0, 1)
     rows = _chosen_rows(chosen)
     if not rows.tokens.numel():
@@ -64,27 +64,40 @@ def head_attention(
     return rows.combine("heads", torch.cat(outputs), weights.flatten(0, 1)[chosen]).view_as(hidden)
 
 
-def _all_heads(
+def cheapest_head_attention(hidden: Tensor, weights: Tensor, subset: Tensor, *rest: Tensor) -> Tensor:
+    """Skip heads where that takes less time than to compute all of them and mask; arguments of `head_attention`.
+
+    Small products, one a head and sequence, are slower than a large one: with few keys or narrow heads only a low share
+    of chosen heads repays them (measured on two cores, where the two meet at about the share below).
+    """
+    keys = rest[1]
+    worth_skipping = (keys.shape[2] * keys.shape[3]) ** 0.5 / 180
+    skips = subset.sum() < min(worth_skipping, 0.7) * subset.numel()
+    return (head_attention if skips else all_heads)(hidden, weights, subset, *rest)
+
+
+def all_heads(
     hidden: Tensor,
     weights: Tensor,
+    subset: Tensor,
     query_weight: Tensor,
     keys: Tensor,
     values: Tensor,
     output_weight: Tensor,
     rotation: Tensor,
 ) -> Tensor:
-    """The same when every token uses every head: one product for all heads."""
-    num_sequences, num_queries = hidden.shape[:2]
+    """Equal to `reference.head_attention` and computes as much, on weights that are laid out once."""
+    num_sequences, num_queries, num_heads = subset.shape
     query = joint_product(query_weight, units_in=False)(hidden.flatten(0, 1))
-    query = query.view(num_sequences, num_queries, keys.shape[1], keys.shape[3]).transpose(1, 2)
+    query = query.view(num_sequences, num_queries, num_heads, keys.shape[3]).transpose(1, 2)
     visible = None
     if 1 < num_queries != keys.shape[2]:
         visible = hidden.new_ones(num_queries, keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - num_queries)
     mixed = F.scaled_dot_product_attention(
         reference.rotate(query, rotation), keys, values, attn_mask=visible, is_causal=num_queries == keys.shape[2]
     )
-    mixed = (mixed.transpose(1, 2) * weights.unsqueeze(-1)).flatten(0, 1).flatten(1)
-    record_rows("heads", mixed.shape[0] * keys.shape[1])
+    mixed = (mixed.transpose(1, 2) * (weights * subset).unsqueeze(-1)).flatten(0, 1).flatten(1)
+    record_rows("heads", subset.numel())
     return joint_product(output_weight, units_in=True)(mixed).view_as(hidden)
 
 

@@ -90,6 +90,13 @@ def test_reported_compute_is_the_rows_that_ran(evaluator, random_subsets, tiny_b
         evaluator.score("random", random_subsets, setting={})
 
 
+def test_backend_is_restored(evaluator, tiny_backbone):
+    broken = SimpleNamespace(select=lambda view: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluator.score("broken", broken, setting={})
+    assert tiny_backbone.backend == "auto"
+
+
 def test_evaluate_all_passes_price_and_seed(evaluator):
     cheap, dear = CountRouter(1), CountRouter(2)
     points = evaluate_all(

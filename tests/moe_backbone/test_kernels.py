@@ -15,6 +15,7 @@ from moe_backbone.kernels.rows import record_rows
 HIDDEN_SIZE, HEAD_SIZE, INTERMEDIATE_SIZE = 6, 4, 5
 DTYPE = torch.float64
 BACKENDS: tuple[Backend, ...] = ("reference", "compact")
+HEAD_BACKENDS: tuple[Backend, ...] = (*BACKENDS, "auto")
 
 SUBSETS: dict[str, Callable[[Tensor], Tensor]] = {
     "random": lambda subset: subset,
@@ -168,7 +169,7 @@ def _attention_inputs(num_sequences: int, num_queries: int, num_keys: int, num_h
 
 def _attend(backend: Backend, subset: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
     hidden, weights, *rest = inputs
-    with torch.set_grad_enabled(backend != "compact"):
+    with torch.set_grad_enabled(backend == "reference"):
         return head_attention(hidden, weights, subset, *rest, backend=backend)
 
 
@@ -206,7 +207,7 @@ ATTENTION_SIZES = [
 
 @pytest.mark.parametrize("pattern", SUBSETS)
 @pytest.mark.parametrize("sizes", ATTENTION_SIZES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HEAD_BACKENDS)
 def test_head_attention_equals_a_loop_over_tokens_and_heads(
     backend: Backend, sizes: tuple[int, int, int, int], pattern: str
 ) -> None:
@@ -225,16 +226,27 @@ def test_reference_attention_has_the_gradients_of_the_loop(sizes: tuple[int, int
     torch.testing.assert_close(_gradients(_attend("reference", subset, inputs), inputs[:-1]), expected)
 
 
+@pytest.mark.parametrize("backend", ["compact", "auto"])
 @pytest.mark.parametrize("seed_", range(8))
-def test_compact_attention_equals_reference_over_random_subsets(seed_: int) -> None:
+def test_attention_equals_reference_over_random_subsets(seed_: int, backend: Backend) -> None:
     """Skipping heads gives what masking them gives, from almost none chosen to almost all."""
     torch.manual_seed(seed_)
     inputs = _attention_inputs(3, 11, 13, 5)
     subset = torch.rand(3, 11, 5) < (seed_ + 0.5) / 8
-    torch.testing.assert_close(_attend("compact", subset, inputs), _attend("reference", subset, inputs))
+    torch.testing.assert_close(_attend(backend, subset, inputs), _attend("reference", subset, inputs))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("share", "skips"), [(0.02, True), (0.9, False)], ids=["few heads", "most heads"])
+def test_auto_skips_heads_where_that_pays(share: float, skips: bool) -> None:
+    """Few chosen heads run alone; where most are chosen all of them run in one product."""
+    inputs = _attention_inputs(2, 32, 32, 4)
+    subset = torch.rand(2, 32, 4) < share
+    with count_rows() as rows:
+        _attend("auto", subset, inputs)
+    assert rows["heads"] == (subset.sum() if skips else subset.numel())
+
+
+@pytest.mark.parametrize("backend", HEAD_BACKENDS)
 def test_head_attention_gives_exact_zeros_to_a_token_without_heads(backend: Backend) -> None:
     """Zero to the bit, so that the residual stream really passes unchanged."""
     subset = torch.ones(2, 5, 3, dtype=torch.bool)
@@ -244,7 +256,7 @@ def test_head_attention_gives_exact_zeros_to_a_token_without_heads(backend: Back
     assert output[1, 3].ne(0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HEAD_BACKENDS)
 def test_head_attention_of_no_sequences_is_empty(backend: Backend) -> None:
     """An empty batch gives an empty output, not an error."""
     output = _attend(backend, torch.zeros(0, 5, 3, dtype=torch.bool), _attention_inputs(0, 5, 5, 3))
