@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -94,6 +94,9 @@ class TrainConfig:
     """`cpu`, `cuda`, or `auto` for CUDA where there is one."""
     corpus: tuple[Path, ...] = ()
     """Files and folders of text, `.jsonl` or `.gz`; none for the source of the Python standard library."""
+    order: Literal["random", "passes"] = "random"
+    """How rollouts read the training text: windows at random places, or pass after pass over all of it, where
+    `env.native_cache_mb` keeps what native routing made of a window for the next pass."""
     random_routing: float | None = None
     """Share of sequences pretrained under random subsets: 0 for none, 0.5 if no value is given; None for
     `pretrain.random_routing`."""
@@ -161,7 +164,7 @@ def build_model(config: TrainConfig, backbone: MoETransformer, corpus: Corpus) -
     """Environment and PPO of a run."""
     ppo = config.ppo
     lanes = ppo.num_sequences * config.env.rollouts_per_sequence * backbone.config.seq_len
-    source = CorpusSource(corpus.train, backbone.config.seq_len)
+    source = CorpusSource(corpus.train, backbone.config.seq_len, order=config.order)
     env = RoutingVecEnv(lanes, backbone, source, config.env, seed=config.seed)
     spec = RouterSpec(
         hidden_size=backbone.hidden_size,

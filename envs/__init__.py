@@ -2,6 +2,7 @@
 
 from gymnasium.envs.registration import register, registry
 
+from envs.checker import check_vector_env
 from envs.config import EnvConfig
 from envs.layout import ObservationLayout
 from envs.mdp import RoutingMDP, Step, TokenBatch
@@ -29,4 +30,5 @@ __all__ = [
     "Step",
     "TokenBatch",
     "TokenSource",
+    "check_vector_env",
 ]

@@ -29,6 +29,9 @@ class EnvConfig:
     """`subset`: one bit a unit. `count`: how many units, best gate scores first."""
     rollouts_per_sequence: int = 1
     """Copies of every sequence in a vector environment, same tokens and same price."""
+    native_cache_mb: int = 0
+    """Most megabytes (2**20 bytes) of native predictions kept for texts that come again; the first texts stay. Random
+    windows hardly ever come again, so 0 keeps none; 256 is 2,048 windows of 128 bytes of text."""
 
     def __post_init__(self) -> None:
         for name in ("price_low", "price_high"):
@@ -36,6 +39,7 @@ class EnvConfig:
         if self.price_high < self.price_low:
             raise ValueError(f"price_high must be at least price_low={self.price_low}, got {self.price_high}")
         require_at_least(self, 1, "rollouts_per_sequence")
+        require_at_least(self, 0, "native_cache_mb")
         for name, known in (
             ("quality", ("kl", "log_likelihood", "accuracy")),
             ("credit", ("token", "sequence")),

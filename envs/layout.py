@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moe_backbone import SiteView
@@ -50,18 +49,20 @@ class ObservationLayout:
         """Natural logarithm of the price."""
         return slice(self.size - 1, self.size)
 
-    def pack(self, view: SiteView) -> Tensor:
-        """Observation of every token (num_tokens, size), float32."""
-        observation = view.features.new_zeros(len(view.features), self.size)
+    def fill(self, observation: Tensor, view: SiteView) -> None:
+        """Write the observation of every token into zeros (num_tokens, size), float32."""
         observation[:, self.features] = view.features
         observation[:, self.scores.start : self.scores.start + view.site.num_units] = view.scores
-        observation[:, self.site.start + view.index] = 1.0
+        observation[:, self.site.start + view.index].fill_(1.0)
         observation[:, self.log_price] = view.price.log().unsqueeze(1)
-        return observation
 
-    def pack_terminal(self, features: Tensor, price: Tensor) -> Tensor:
-        """Observation behind the last site (num_tokens, size), float32."""
-        observation = torch.zeros(len(features), self.size, device=features.device)
+    def fill_terminal(self, observation: Tensor, features: Tensor, price: Tensor) -> None:
+        """Write the observation behind the last site into zeros (num_tokens, size), float32.
+
+        Args:
+            observation: Zeros (num_tokens, size), float32.
+            features: Input of the output head (num_tokens, hidden_size), float32.
+            price: Nats per native compute (num_tokens,), float32.
+        """
         observation[:, self.features] = features
         observation[:, self.log_price] = price.log().unsqueeze(1)
-        return observation

@@ -6,7 +6,7 @@ site runs. Reward: minus price times compute at every site, plus quality against
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,36 +16,13 @@ from torch import Tensor
 
 from envs.config import EnvConfig
 from envs.layout import OBSERVATION_BOUND, ObservationLayout
+from envs.native import NativeReference, to_device
 from envs.reward import quality, shared, step_reward
+from envs.rollout import Rollout, TokenBatch
 from envs.token_source import TokenSource
-from moe_backbone import ComputeMeter, MoETransformer, NativeRouter, best_units
+from moe_backbone import ComputeMeter, MoETransformer, best_units
 from moe_backbone.checks import require_price
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenBatch:
-    """Sequences of one episode and what native routing predicts for them.
-
-    Attributes:
-        tokens: (num_sequences, seq_len), int64; copies of one sequence lie next to each other.
-        targets: Next tokens, same shape.
-        price: Nats per native compute (num_sequences,), float32.
-        native_logits: (num_sequences, seq_len, vocab_size), float32.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    price: Tensor
-    native_logits: Tensor
-
-    def token(self, position: int) -> TokenBatch:
-        """The one token at `position` of every sequence."""
-        return replace(
-            self,
-            tokens=self.tokens[:, position : position + 1],
-            targets=self.targets[:, position : position + 1],
-            native_logits=self.native_logits[:, position : position + 1],
-        )
+from moe_backbone.transformer import RoutingState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +35,7 @@ class Step:
         cost: Fraction of native compute that this step spent.
         quality: Zeros before the last site.
         terminated: Whether this was the last site; the same for all lanes.
+        truncated: Always False: an episode is never cut off.
     """
 
     observation: Tensor
@@ -65,6 +43,7 @@ class Step:
     cost: Tensor
     quality: Tensor
     terminated: bool
+    truncated: bool = False
 
 
 class RoutingMDP:
@@ -80,8 +59,7 @@ class RoutingMDP:
         layout: Slices of an observation.
         num_lanes: `num_sequences * rollouts_per_sequence * seq_len`.
         subsets: What ran at each site of the current episode, bool (num_lanes, num_units).
-        logits: Of the episode that ended last (num_sequences, seq_len, vocab_size).
-        quality: What that episode was paid at its end (num_lanes,), float32.
+        quality: What the episode that ended last was paid at its end (num_lanes,), float32.
     """
 
     def __init__(
@@ -93,14 +71,16 @@ class RoutingMDP:
         self.num_sequences = num_sequences
         self.device = next(backbone.parameters()).device
         self.meter = ComputeMeter(backbone.sites, source.seq_len)
+        positions = torch.arange(source.seq_len, device=self.device)
+        self._site_flops = [self.meter.unit_flops(index, positions) for index in range(len(backbone.sites))]
         self.layout = ObservationLayout(
             hidden_size=backbone.config.hidden_size,
             max_units=backbone.config.max_units,
             num_sites=len(backbone.sites),
         )
         self.num_lanes = num_sequences * config.rollouts_per_sequence * source.seq_len
+        self._native = NativeReference(backbone, config.native_cache_mb * 2**20)
         self.subsets: list[Tensor] = []
-        self.logits: Tensor | None = None
         self.quality: Tensor | None = None
 
     @property
@@ -140,15 +120,13 @@ class RoutingMDP:
         expected = (self.num_sequences, self.source.seq_len)
         if targets is None or tokens.shape != targets.shape or tuple(tokens.shape) != expected:
             raise ValueError(f"tokens and targets must both have shape {expected}, got {tuple(tokens.shape)}")
-        tokens, targets = tokens.to(self.device), targets.to(self.device)
         prices = self._prices(generator, price)
-        native_logits, _ = self.backbone.run(tokens, NativeRouter())
         copies = self.config.rollouts_per_sequence
         return TokenBatch(
-            tokens=tokens.repeat_interleave(copies, 0),
-            targets=targets.repeat_interleave(copies, 0),
+            tokens=to_device(tokens, self.device).repeat_interleave(copies, 0),
+            targets=to_device(targets, self.device).repeat_interleave(copies, 0),
             price=prices.repeat_interleave(copies),
-            native_logits=native_logits.repeat_interleave(copies, 0),
+            native=self._native.logits(tokens),
         )
 
     def _prices(self, generator: np.random.Generator, price: float | None) -> Tensor:
@@ -157,7 +135,7 @@ class RoutingMDP:
             require_price("price", price)
             low = high = price
         drawn = np.exp(generator.uniform(np.log(low), np.log(high), self.num_sequences))
-        return torch.as_tensor(drawn, dtype=torch.float32, device=self.device)
+        return to_device(torch.as_tensor(drawn, dtype=torch.float32), self.device)
 
     @torch.no_grad()
     def begin(self, batch: TokenBatch, cache: Any | None = None) -> Tensor:
@@ -168,10 +146,9 @@ class RoutingMDP:
             cache: Keys and values of earlier tokens.
         """
         self.batch = batch
-        lane_prices = batch.price.repeat_interleave(batch.tokens.shape[1])
-        self.state = self.backbone.begin(batch.tokens, lane_prices, cache)
+        self._rollout = Rollout(self.backbone, batch, cache)
         self.subsets = []
-        return self.layout.pack(self.backbone.observe(self.state))
+        return self._rollout.observation(self.layout)
 
     def reset(self, generator: np.random.Generator) -> Tensor:
         """Begin with newly drawn sequences."""
@@ -184,36 +161,60 @@ class RoutingMDP:
         Args:
             action: bool (num_lanes, max_units), or int64 (num_lanes,) for the count codec.
         """
-        index, positions, price = self.state.site_index, self.state.positions, self.state.price
-        subset = self.decode(action)
-        cost = self.meter.compute(index, subset, positions)
-        self.state = self.backbone.advance(self.state, subset)
+        subset, price = self.decode(action), self.price
+        cost = (self._by_sequence(subset.sum(1)) * self._unit_flops / self.meter.native_flops).float().flatten()
+        self._rollout.advance(subset)
         self.subsets.append(subset)
-        terminated = index + 1 == len(self.backbone.sites)
+        terminated = self._rollout.ended
         if terminated:
             gained = self.quality = self._quality()
             reward = step_reward(price, cost, gained)
-            observation = self.layout.pack_terminal(self.state.features.flatten(0, 1), price)
         else:
             gained = torch.zeros_like(cost)
             reward = step_reward(price, cost, None)
-            observation = self.layout.pack(self.backbone.observe(self.state))
+        observation = self._rollout.observation(self.layout)
         return Step(observation=observation, reward=reward, cost=cost, quality=gained, terminated=terminated)
+
+    @property
+    def price(self) -> Tensor:
+        """Price of every lane, nats per native compute (num_lanes,), float32."""
+        return self._rollout.price
+
+    @property
+    def state(self) -> RoutingState:
+        """Where all lanes stand; many lanes are copied at each call."""
+        return self._rollout.state
+
+    @property
+    def logits(self) -> Tensor:
+        """Predictions of the current episode, which has ended (num_sequences, seq_len, vocab_size), float32."""
+        return self._rollout.logits()
 
     @property
     def unit_price(self) -> Tensor:
         """What one unit of the current site costs each lane, nats: price times its compute (num_lanes,), float32."""
-        flops = self.meter.unit_flops(self.state.site_index, self.state.positions)
-        return self.state.price * (flops / self.meter.native_flops).float()
+        return (self._by_sequence(self.price) * (self._unit_flops / self.meter.native_flops).float()).flatten()
 
     def decode(self, action: Tensor) -> Tensor:
         """Subset of the current site that an action means: bool (num_lanes, num_units)."""
-        view = self.backbone.observe(self.state)
         if self.config.action == "count":
-            return best_units(view.scores, action)
-        return action[:, : view.site.num_units]
+            return best_units(self._rollout.scores(), action)
+        return action[:, : self.backbone.sites[self._rollout.site_index].num_units]
+
+    @property
+    def _unit_flops(self) -> Tensor:
+        """FLOPs of one unit of the current site for each token of a sequence: float64."""
+        return self._site_flops[self._rollout.site_index][self._rollout.positions]
+
+    def _by_sequence(self, lanes: Tensor) -> Tensor:
+        """(num_lanes,) as (num_sequences, num_tokens)."""
+        return lanes.view(len(self.batch.tokens), -1)
 
     def _quality(self) -> Tensor:
-        self.logits = self.backbone.finish(self.state)
-        value = quality(self.config.quality, self.batch.native_logits, self.logits, self.batch.targets)
-        return shared(value, self.config.credit).flatten()
+        values = []
+        for batch, logits in self._rollout.finish():
+            groups = (-1, batch.copies)  # copies of a sequence share one native row
+            routed, targets = logits.unflatten(0, groups), batch.targets.unflatten(0, groups)
+            value = quality(self.config.quality, batch.native.unsqueeze(1), routed, targets)
+            values.append(shared(value.flatten(0, 1), self.config.credit).flatten())
+        return torch.cat(values)

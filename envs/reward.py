@@ -13,17 +13,17 @@ def quality(kind: str, native_logits: Tensor, logits: Tensor, targets: Tensor) -
     Args:
         kind: `kl`: minus KL(native || routed), nats, at most 0 and free of label noise. `log_likelihood`: change of
             the true next token's log-likelihood, nats. `accuracy`: change of 0/1 accuracy.
-        native_logits: (num_sequences, seq_len, vocab_size), float32.
-        logits: Of the routed rollout, same shape.
-        targets: True next tokens (num_sequences, seq_len), int64.
+        native_logits: (..., vocab_size), float32; may be broadcast, as copies of a sequence share theirs.
+        logits: Of the routed rollout (..., vocab_size), float32.
+        targets: True next tokens (...), int64.
 
     Returns:
-        (num_sequences, seq_len), float32.
+        (...), float32.
     """
     if kind == "kl":
         return -token_divergence(native_logits, logits)
     measure = token_log_likelihood if kind == "log_likelihood" else token_correct
-    return measure(logits, targets) - measure(native_logits, targets)
+    return measure(logits, targets) - measure(native_logits.expand_as(logits), targets)
 
 
 def shared(values: Tensor, credit: str) -> Tensor:

@@ -102,7 +102,7 @@ class RoutingEnv(gym.Env[np.ndarray, Any]):
         return _array(step.observation[0]), float(step.reward), step.terminated, False, self._info(step)
 
     def _info(self, step: Step) -> dict[str, Any]:
-        info = step_info(step, self.mdp.batch.price)
+        info = step_info(step, self.mdp.price)
         return {name: value[0] for name, value in info.items()} | {"site": len(self.mdp.subsets)}
 
     def render(self) -> str | None:

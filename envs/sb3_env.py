@@ -13,7 +13,7 @@ from torch import Tensor
 
 from envs.actions import action_tensor
 from envs.config import EnvConfig
-from envs.mdp import RoutingMDP, Step
+from envs.mdp import RoutingMDP, Step, TokenBatch
 from envs.routing_env import default_parts, step_info
 from envs.token_source import TokenSource
 from envs.vector_env import sequences_for
@@ -21,7 +21,9 @@ from moe_backbone import MoETransformer
 
 
 class RoutingVecEnv(VecEnv):
-    """The same MDP as `RoutingVectorEnv`, for any SB3 algorithm; `step_tensor` is the face without numpy.
+    """The same MDP as `RoutingVectorEnv`, for any SB3 algorithm.
+
+    `reset_tensor` and `step_tensor` are the face without numpy (`policies.tensor_rollouts.TensorEnv`).
 
     Args:
         num_envs: Lanes; a multiple of `seq_len * rollouts_per_sequence`.
@@ -54,24 +56,38 @@ class RoutingVecEnv(VecEnv):
         """Steps of an episode."""
         return len(self.mdp.backbone.sites)
 
-    def reset_tensor(self) -> Tensor:
-        """Draw new sequences: observations (num_envs, size), float32."""
+    def reset_tensor(self, lanes: Tensor | None = None) -> Tensor:
+        """Draw new sequences: observations (num_envs, size), float32.
+
+        Raises:
+            ValueError: If only some lanes shall restart; they end together.
+        """
+        if lanes is not None:
+            raise ValueError("lanes must be None, as all lanes start together, got a tensor")
+        return self.begin_tensor(self.draw_batch())
+
+    def draw_batch(self) -> TokenBatch:
+        """Draw the sequences and prices of an episode: the part of a reset that the host takes part in."""
+        return self.mdp.draw(self.generator)
+
+    def begin_tensor(self, batch: TokenBatch) -> Tensor:
+        """Stand before the first site of an episode: observations (num_envs, size), float32."""
         self._returns = torch.zeros_like(self._returns)
         self._running = True
-        return self.mdp.reset(self.generator)
+        return self.mdp.begin(batch)
 
     def step_tensor(self, actions: Tensor) -> Step:
         """Run the current site; at the last one the observation returned is that of the end, and nothing restarts.
 
         Args:
-            actions: bool (num_envs, max_units), or int64 (num_envs,) for the count codec.
+            actions: bool or of zeros and ones (num_envs, max_units), or int64 (num_envs,) for the count codec.
 
         Raises:
             ResetNeeded: Before the first reset and after the last site.
         """
         if not self._running:
             raise ResetNeeded("reset must be called before step: before the first episode and after each last site")
-        step = self.mdp.step(actions)
+        step = self.mdp.step(actions if actions.ndim == 1 else actions.bool())
         self._running = not step.terminated
         self._returns = self._returns + step.reward
         return step
@@ -102,7 +118,7 @@ class RoutingVecEnv(VecEnv):
         """Full only at the end of an episode: thousands of lanes make dictionaries the dearest part of a step."""
         if not step.terminated:
             return [{} for _ in range(self.num_envs)]
-        arrays = step_info(step, self.mdp.state.price)
+        arrays = step_info(step, self.mdp.price)
         returns, terminal = self._returns.cpu().numpy(), step.observation.cpu().numpy()
         return [
             {name: values[lane] for name, values in arrays.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -21,16 +21,34 @@ class TokenSource(Protocol):
 
 
 class CorpusSource:
-    """Windows at random places of one part of a corpus."""
+    """Windows of one part of a corpus.
 
-    def __init__(self, split: Split, seq_len: int) -> None:
-        """Draw windows of `seq_len` tokens from `split`."""
-        self.split = split
-        self.seq_len = seq_len
+    A pass takes every window of a grid once, in an order that the generator shuffles anew for each pass. It belongs
+    to its generator: another one starts a new pass, so environments that take turns each need a source of their own.
+
+    Args:
+        split: Where the windows lie.
+        seq_len: Tokens of a window.
+        order: `random` places, or `passes` over windows that lie side by side.
+    """
+
+    def __init__(self, split: Split, seq_len: int, order: Literal["random", "passes"] = "random") -> None:
+        if order not in ("random", "passes"):
+            raise ValueError(f"order must be one of random, passes, got {order!r}")
+        self.split, self.seq_len, self.order = split, seq_len, order
+        self._generator: np.random.Generator | None = None
+        self._left = np.zeros(0, dtype=np.int64)
 
     def draw(self, count: int, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Tokens and next tokens, each (count, seq_len), int64."""
-        return self.split.sample(count, self.seq_len, generator)
+        if self.order == "random":
+            return self.split.sample(count, self.seq_len, generator)
+        if generator is not self._generator:
+            self._generator, self._left = generator, self._left[:0]
+        while len(self._left) < count:
+            self._left = np.append(self._left, generator.permutation(self.split.num_windows(self.seq_len)))
+        windows, self._left = self._left[:count], self._left[count:]
+        return self.split.at(windows * self.seq_len, self.seq_len)
 
 
 class FixedSource:

@@ -89,7 +89,7 @@ class RoutingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if not self._running:
             raise ResetNeeded("reset must be called before the first step")
         step = self.mdp.step(action_tensor(actions, self.single_action_space, self.num_envs, self.mdp.device))
-        info: dict[str, Any] = dict(step_info(step, self.mdp.state.price))
+        info: dict[str, Any] = dict(step_info(step, self.mdp.price))
         observation = step.observation
         everyone = np.ones(self.num_envs, dtype=bool)
         if step.terminated:

@@ -38,9 +38,9 @@ class RoutingMetrics(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         self._updates += 1
-        if self._updates % self.every:
-            return
         mdp = self.training_env.mdp  # type: ignore[attr-defined]
+        if self._updates % self.every or len(mdp.subsets) < len(mdp.backbone.sites):  # amid an episode
+            return
         for name, value in episode_metrics(mdp).items():
             self.logger.record(name, value)
 
@@ -51,13 +51,14 @@ def episode_metrics(mdp: Any) -> dict[str, float]:
 
     Names: `reward/...` nats, `routing/...` counts and fractions, `quality/...` nats and fractions against native.
     """
-    batch, sites = mdp.batch, mdp.backbone.sites
-    positions, price = mdp.state.positions, mdp.state.price
+    batch, sites, logits = mdp.batch, mdp.backbone.sites, mdp.logits
+    positions, price = mdp.state.positions, mdp.price
     compute = sum(mdp.meter.compute(index, subset, positions) for index, subset in enumerate(mdp.subsets))
-    routed = token_log_likelihood(mdp.logits, batch.targets).mean()
-    native = token_log_likelihood(batch.native_logits, batch.targets).mean()
-    correct = token_correct(mdp.logits, batch.targets).mean()
-    native_correct = token_correct(batch.native_logits, batch.targets).mean()
+    routed = token_log_likelihood(logits, batch.targets).mean()
+    native_logits = batch.native_logits
+    native = token_log_likelihood(native_logits, batch.targets).mean()
+    correct = token_correct(logits, batch.targets).mean()
+    native_correct = token_correct(native_logits, batch.targets).mean()
     metrics = {
         "reward/cost": -(price * compute).mean(),
         "reward/quality": mdp.quality.mean(),
@@ -67,21 +68,26 @@ def episode_metrics(mdp: Any) -> dict[str, float]:
         "quality/log_likelihood_minus_native": routed - native,
         "quality/accuracy": correct,
         "quality/accuracy_minus_native": correct - native_correct,
-    }
-    return {name: value.item() for name, value in metrics.items()} | load_metrics(sites, mdp.subsets)
+    } | load_metrics(sites, mdp.subsets)
+    return dict(zip(metrics, torch.stack([value.double() for value in metrics.values()]).tolist(), strict=True))
 
 
-def load_metrics(sites: tuple[RoutingSite, ...], subsets: list[Tensor]) -> dict[str, float]:
-    """Units a token uses at each site, coefficient of variation of expert load, and units nobody used."""
-    metrics, spread, dead = {}, [], 0
-    for site, subset in zip(sites, subsets, strict=True):
-        load = subset.float().mean(0)
-        metrics[f"units_per_token/{site.name}"] = load.sum().item()
-        dead += int((load == 0).sum())
-        if site.kind == "experts":
-            spread.append((load.std(correction=0) / load.mean().clamp_min(1e-9)).item())
-    metrics["routing/load_cv"] = sum(spread) / max(1, len(spread))
-    metrics["routing/dead_units"] = float(dead)
+def load_metrics(sites: tuple[RoutingSite, ...], subsets: list[Tensor]) -> dict[str, Tensor]:
+    """Units a token uses at each site, coefficient of variation of expert load, and units nobody used.
+
+    Args:
+        sites: In running order.
+        subsets: What ran at each, bool (num_lanes, num_units).
+
+    Returns:
+        Scalars of any dtype, not yet read from the device.
+    """
+    loads = [subset.float().mean(0) for subset in subsets]
+    metrics = {f"units_per_token/{site.name}": load.sum() for site, load in zip(sites, loads, strict=True)}
+    experts = [load for site, load in zip(sites, loads, strict=True) if site.kind == "experts"]
+    spread = [load.std(correction=0) / load.mean().clamp_min(1e-9) for load in experts]
+    metrics["routing/load_cv"] = torch.stack(spread).mean() if spread else loads[0].new_zeros(())
+    metrics["routing/dead_units"] = torch.cat(loads).eq(0).sum()
     return metrics
 
 

@@ -84,11 +84,15 @@ class LinearRouter(nn.Module):
         shape = (len(spec.sites), spec.num_inputs, spec.max_units)
         self.weight = nn.Parameter(torch.zeros(shape))
         self.price_weight = nn.Parameter(torch.zeros(shape))
-        has_unit = torch.zeros(len(spec.sites), 1, spec.max_units, dtype=torch.bool)
+        has_unit = torch.zeros(len(spec.sites), 1, spec.max_units)
         for index, site in enumerate(spec.sites):
-            has_unit[index, 0, : site.num_units] = True
+            has_unit[index, 0, : site.num_units] = 1.0
         self.register_buffer("has_unit", has_unit, persistent=False)
+        self.register_buffer("ignored", IGNORED_LOGIT * (1 - has_unit), persistent=False)
         self.has_unit: Tensor
+        self.ignored: Tensor
+        low, high = torch.tensor([spec.price_low, spec.price_high]).log().tolist()
+        self._middle_log_price, self._log_price_reach = (low + high) / 2, max((high - low) / 2, 1.0)
 
     @property
     def overhead_flops(self) -> int:
@@ -106,12 +110,11 @@ class LinearRouter(nn.Module):
 
     def centred_log_price(self, log_price: Tensor) -> Tensor:
         """Log price mapped so that the training range becomes [-1, 1], or less if it spans less than 2 nats."""
-        low, high = torch.tensor([self.spec.price_low, self.spec.price_high]).log().tolist()
-        return (log_price - (low + high) / 2) / max((high - low) / 2, 1.0)
+        return (log_price - self._middle_log_price) / self._log_price_reach
 
-    def inputs(self, features: Tensor, scores: Tensor) -> Tensor:
+    def inputs(self, features: Tensor, scores: Tensor, out: Tensor | None = None) -> Tensor:
         """Features, clamped scores (padded to `max_units`) and a constant, side by side (..., num_inputs)."""
-        return torch.cat((features, scores.clamp_min(SCORE_FLOOR), torch.ones_like(scores[..., :1])), dim=-1)
+        return torch.cat((features, scores.clamp_min(SCORE_FLOOR), torch.ones_like(scores[..., :1])), dim=-1, out=out)
 
     def prior(self, site: RoutingSite, scores: Tensor) -> Tensor:
         """Logits before training, same shape as `scores` (..., max_units)."""
@@ -121,9 +124,13 @@ class LinearRouter(nn.Module):
         threshold = math.log(spec.expert_threshold * min(1.0, 8 / site.num_units))
         return (spec.expert_slope * (scores - threshold)).clamp(-spec.expert_clamp, spec.expert_clamp)
 
+    def site_prior(self, index: int, scores: Tensor) -> Tensor:
+        """Logits before training at site `index`, `IGNORED_LOGIT` where it has no unit, same shape as `scores`."""
+        return self.prior(self.spec.sites[index], scores) * self.has_unit[index] + self.ignored[index]
+
     def priors(self, scores: Tensor) -> Tensor:
-        """Prior logits of the same lanes at every site, same shape as `scores` (num_sites, num_lanes, max_units)."""
-        return torch.stack([self.prior(site, scores[index]) for index, site in enumerate(self.spec.sites)])
+        """`site_prior` of the same lanes at every site, same shape as `scores` (num_sites, num_lanes, max_units)."""
+        return torch.stack([self.site_prior(index, scores[index]) for index in range(len(scores))])
 
     def site_logits(self, inputs: Tensor, priors: Tensor, log_price: Tensor) -> Tensor:
         """Logits of the same lanes at every site, in one batched product.
@@ -136,32 +143,32 @@ class LinearRouter(nn.Module):
         Returns:
             (num_sites, num_lanes, max_units); `IGNORED_LOGIT` where the site has no such unit.
         """
-        plain, priced = torch.bmm(inputs, torch.cat((self.weight, self.price_weight), dim=2)).chunk(2, dim=2)
-        logits = plain + self.centred_log_price(log_price) * priced + priors
-        return logits.masked_fill(~self.has_unit, IGNORED_LOGIT)
+        weights = torch.cat((self.weight, self.price_weight), dim=2) * self.has_unit.repeat(1, 1, 2)
+        plain, priced = torch.bmm(inputs, weights).chunk(2, dim=2)
+        return torch.addcmul(plain + priors, self.centred_log_price(log_price), priced)
 
-    def one_site_logits(self, index: int, features: Tensor, scores: Tensor, log_price: Tensor) -> Tensor:
+    def one_site_logits(self, index: int, inputs: Tensor, prior: Tensor, log_price: Tensor) -> Tensor:
         """Logits at one site.
 
         Args:
             index: Place of the site in running order.
-            features: (num_tokens, hidden_size), float32.
-            scores: (num_tokens, max_units), float32, nats.
+            inputs: From `inputs` (num_tokens, num_inputs), float32.
+            prior: From `site_prior` (num_tokens, max_units), float32.
             log_price: (num_tokens, 1), float32.
 
         Returns:
             (num_tokens, max_units); `IGNORED_LOGIT` where the site has no such unit.
         """
-        inputs = self.inputs(features, scores)
-        priced = self.centred_log_price(log_price) * (inputs @ self.price_weight[index])
-        logits = inputs @ self.weight[index] + priced + self.prior(self.spec.sites[index], scores)
-        return logits.masked_fill(~self.has_unit[index], IGNORED_LOGIT)
+        weights = torch.cat((self.weight[index], self.price_weight[index]), dim=1) * self.has_unit[index].repeat(1, 2)
+        plain, priced = (inputs @ weights).chunk(2, dim=1)
+        return torch.addcmul(plain + prior, self.centred_log_price(log_price), priced)
 
     @torch.no_grad()
     def select(self, view: SiteView) -> Tensor:
         """Choose the units that run: bool (num_tokens, num_units)."""
         scores = nn.functional.pad(view.scores, (0, self.spec.max_units - view.site.num_units))
-        logits = self.one_site_logits(view.index, view.features, scores, view.price.log().unsqueeze(1))
+        inputs, prior = self.inputs(view.features, scores), self.site_prior(view.index, scores)
+        logits = self.one_site_logits(view.index, inputs, prior, view.price.log().unsqueeze(1))
         return logits[:, : view.site.num_units] > 0
 
 

@@ -84,10 +84,14 @@ class RouterPolicy(ActorCriticPolicy):
         features, scores, _, log_price = self.split(observation)
         return self.router.inputs(features, scores), self.router.priors(scores), log_price
 
+    def step_inputs(self, observation: Tensor, index: int, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for lanes that all stand at site `index`, observation (num_lanes, size); `out` takes the inputs."""
+        features, scores, _, log_price = self.split(observation)
+        return self.router.inputs(features, scores, out), self.router.site_prior(index, scores), log_price
+
     def step_logits(self, observation: Tensor, index: int) -> Tensor:
         """Logits of lanes that all stand at site `index` (num_lanes, max_units)."""
-        features, scores, _, log_price = self.split(observation)
-        return self.router.one_site_logits(index, features, scores, log_price)
+        return self.router.one_site_logits(index, *self.step_inputs(observation, index))
 
     def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Actions, values and log-probabilities of observations (num_lanes, size)."""

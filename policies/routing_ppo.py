@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -11,15 +13,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
-from torch.nn import functional as F
 
+from policies.bits import bits_log_prob, bits_terms
+from policies.episode_graph import EpisodeGraph
 from policies.router_policy import RouterPolicy
-
-
-class _Step(Protocol):
-    observation: Tensor
-    reward: Tensor
-    quality: Tensor
+from policies.tensor_ppo import TensorPPO
 
 
 class Episode(NamedTuple):
@@ -38,9 +36,11 @@ class Episode(NamedTuple):
     """What one unit costs (num_sites, num_lanes), nats."""
     weight: Tensor
     """How much a lane counts (num_sites, num_lanes)."""
+    chosen: Tensor
+    """What the router decided without chance, bool (num_sites, num_lanes, max_units)."""
 
 
-class RoutingPPO(PPO):
+class RoutingPPO(TensorPPO):
     """PPO (arXiv:1707.06347) whose advantage compares rollouts of the same tokens.
 
     With `advantage="leave_one_out"` an update runs whole episodes of the environment's groups. The advantage of a
@@ -48,7 +48,7 @@ class RoutingPPO(PPO):
     critic is trained and gamma is 1. Costs enter as expectations under the policy, not as sampled: those of later
     sites in the return, that of the site itself as a differentiable term of the loss. That leaves the gradient's
     mean as it is and takes noise out of it. Tensors stay where the environment has them. With `advantage="gae"`
-    everything is SB3's own.
+    it is SB3's own PPO, see `TensorPPO`.
 
     Args:
         policy: `RouterPolicy`, or for `gae` any SB3 policy.
@@ -57,6 +57,8 @@ class RoutingPPO(PPO):
         batch_size: Transitions of a minibatch; whole lanes with all their sites.
         price_balance: Lanes count in proportion to `price ** -price_balance`; without it high prices, whose returns
             vary most, would drown the low ones.
+        cuda_graph: Whether a GPU runs an episode of `leave_one_out` as one CUDA graph; an environment that cannot be
+            captured raises.
         **kwargs: SB3's arguments of PPO. Defaults that differ: n_steps = sites of the environment, n_epochs 3,
             gamma 1, gae_lambda 1 and vf_coef 0 for `leave_one_out`.
 
@@ -64,6 +66,7 @@ class RoutingPPO(PPO):
         ValueError: If policy or environment do not fit the advantage.
     """
 
+    _graph: EpisodeGraph[tuple[Episode, Tensor]] | None = None
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {**PPO.policy_aliases, "RouterPolicy": RouterPolicy}
 
     def __init__(
@@ -74,6 +77,7 @@ class RoutingPPO(PPO):
         advantage: Literal["leave_one_out", "gae"] = "leave_one_out",
         batch_size: int = 4096,
         price_balance: float = 0.5,
+        cuda_graph: bool = True,
         _init_setup_model: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -81,6 +85,7 @@ class RoutingPPO(PPO):
             raise ValueError(f"advantage must be 'leave_one_out' or 'gae', got {advantage!r}")
         self.advantage = advantage
         self.price_balance = price_balance
+        self.cuda_graph = cuda_graph
         if env is not None and hasattr(env, "num_sites"):
             kwargs.setdefault("n_steps", env.num_sites)
         if advantage == "leave_one_out":
@@ -89,7 +94,11 @@ class RoutingPPO(PPO):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        if self.advantage == "leave_one_out" and self.env is not None:  # loaded without one to predict only
+        if self.advantage == "gae":
+            return
+        if isinstance(self.policy.optimizer, torch.optim.Adam):  # before a zip brings its state
+            self.policy.optimizer.param_groups[0].update(fused=True, foreach=False)
+        if self.env is not None:  # loaded without one to predict only
             self._check_groups()
 
     def _check_groups(self) -> None:
@@ -106,140 +115,167 @@ class RoutingPPO(PPO):
         return 1 if mdp is None else mdp.config.rollouts_per_sequence
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_episode"]
+        return [*super()._excluded_save_params(), "_episode", "_graph"]
 
     def keep_generators(self) -> None:
         """Put the state of all generators into attributes, so that `save` writes them too."""
-        self.generator_states = {
+        cuda = torch.cuda.get_rng_state(self.device).tolist() if self.device.type == "cuda" else None
+        self.generator_states: dict[str, Any] = {
             "torch": torch.get_rng_state().tolist(),
+            "cuda": cuda,
+            "numpy": np.random.get_state(),
             "env": self.env.generator.bit_generator.state if hasattr(self.env, "generator") else None,  # type: ignore[union-attr]
         }
 
     def restore_generators(self) -> None:
         """Go on with the generators where `keep_generators` saw them."""
-        torch.set_rng_state(torch.tensor(self.generator_states["torch"], dtype=torch.uint8))
-        if self.generator_states["env"] is not None:
-            self._last_obs = self.env.reset()  # type: ignore[union-attr, assignment]  # or `learn` would, and seed it
-            self.env.generator.bit_generator.state = self.generator_states["env"]  # type: ignore[union-attr]
+        states = self.generator_states
+        torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+        if states["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8), self.device)
+        np.random.set_state(states["numpy"])
+        if states["env"] is not None:
+            observation = self.env.reset()  # type: ignore[union-attr]  # or `learn` would, and seed it
+            self._last_obs, self._ended = torch.as_tensor(observation, device=self.device), True  # type: ignore[assignment]
+            self.env.generator.bit_generator.state = states["env"]  # type: ignore[union-attr]
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
-        """Run one episode of every lane; False if a callback asks to stop."""
+        """Run one episode of every lane; False if a callback asks to stop.
+
+        Callbacks hear of the steps when the episode is over: on the way nobody could act on what they say.
+        """
         if self.advantage == "gae":
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
-        assert isinstance(self.policy, RouterPolicy)
         self.policy.set_training_mode(False)
         callback.on_rollout_start()
-        observation = env.reset_tensor()  # type: ignore[attr-defined]
-        observations, actions, log_probs, unit_prices, steps, expected_costs = [], [], [], [], [], []
-        for site in range(env.num_sites):  # type: ignore[attr-defined]
-            with torch.no_grad():
-                logits = self.policy.step_logits(observation, site)
-                action = torch.rand_like(logits) < logits.sigmoid()
-                log_probs.append(bits_log_prob(logits, action))
-                unit_prices.append(env.mdp.unit_price)  # type: ignore[attr-defined]
-                expected_costs.append(unit_prices[-1] * logits.sigmoid().sum(1))
-            step: _Step = env.step_tensor(action)  # type: ignore[attr-defined]
-            observations.append(observation)
-            actions.append(action)
-            steps.append(step)
-            observation = step.observation
+        self._episode, rewards = self._run_episode(env)
+        for _ in rewards:
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
-        later_costs = torch.stack([*expected_costs[1:], torch.zeros_like(expected_costs[0])])
-        gains = torch.stack([step.quality for step in steps]) - later_costs
-        seq_len = env.num_envs // (env.mdp.num_sequences * self._copies())  # type: ignore[attr-defined]
-        inputs, priors, log_price = self.policy.episode_inputs(torch.stack(observations))
-        self._episode = Episode(
-            inputs,
-            priors,
-            log_price,
-            torch.stack(actions),
-            torch.stack(log_probs),
-            leave_one_out(gains, self._copies(), seq_len),
-            torch.stack(unit_prices),
-            (-self.price_balance * log_price.squeeze(2)).exp(),
-        )
-        self._log_episode(torch.stack([step.reward for step in steps]))
+        self._log_episode(rewards)
         callback.on_rollout_end()
         return True
 
-    def _log_episode(self, reward: Tensor) -> None:
-        episode_return, advantages = reward.sum(0), self._episode.advantages
-        assert self.ep_info_buffer is not None
-        self.ep_info_buffer.append({"r": episode_return.mean().item(), "l": len(reward), "t": 0.0})
+    def _run_episode(self, env: Any) -> tuple[Episode, Tensor]:
+        if not self.cuda_graph or self.device.type != "cuda":
+            return self._play(env, env.draw_batch())
+        if self._graph is None or self._graph.env is not env:
+            self._graph = EpisodeGraph(env, partial(self._play, env))
+        return self._graph()
+
+    @torch.no_grad()
+    def _play(self, env: Any, batch: Any) -> tuple[Episode, Tensor]:
+        """Run one episode of every lane, and its rewards (num_sites, num_lanes); nothing is read from the device."""
+        assert isinstance(self.policy, RouterPolicy)
+        decisions, qualities, costs, rewards = [], [], [], []
+        observation = env.begin_tensor(batch)
+        router = self.policy.router
+        inputs = observation.new_empty(env.num_sites, env.num_envs, router.spec.num_inputs)
+        for site in range(env.num_sites):
+            _, prior, log_price = seen = self.policy.step_inputs(observation, site, inputs[site])
+            logits = router.one_site_logits(site, *seen)
+            chance, unit_price = logits.sigmoid(), env.mdp.unit_price
+            actions = torch.rand_like(logits) < chance
+            decisions.append((prior, log_price, actions, bits_log_prob(logits, actions), unit_price, logits > 0))
+            costs.append(unit_price * chance.sum(1))
+            step = env.step_tensor(actions)
+            qualities.append(step.quality)
+            rewards.append(step.reward)
+            observation = step.observation
+        stacked = [torch.stack(parts) for parts in zip(*decisions, strict=True)]
+        priors, log_prices, taken, log_probs, unit_prices, chosen = stacked
+        later_costs = torch.stack([*costs[1:], torch.zeros_like(costs[0])])
+        seq_len = env.num_envs // (env.mdp.num_sequences * self._copies())
+        advantages = leave_one_out(torch.stack(qualities) - later_costs, self._copies(), seq_len)
+        weight = (-self.price_balance * log_prices.squeeze(2)).exp()
+        episode = Episode(inputs, priors, log_prices, taken, log_probs, advantages, unit_prices, weight, chosen)
+        return episode, torch.stack(rewards)
+
+    def _log_episode(self, rewards: Tensor) -> None:
+        episode_return, advantages = rewards.sum(0), self._episode.advantages
         explained = 1 - advantages[0].var() / episode_return.var().clamp_min(1e-12)
-        self.logger.record("train/explained_variance", explained.item())
-        self.logger.record("train/advantage_std", advantages.std().item())
+        figures = torch.stack((episode_return.mean(), explained, advantages.std()))
+        mean_return, explained_variance, advantage_std = figures.tolist()
+        assert self.ep_info_buffer is not None
+        self.ep_info_buffer.append({"r": mean_return, "l": len(rewards), "t": 0.0})
+        self.logger.record("train/explained_variance", explained_variance)
+        self.logger.record("train/advantage_std", advantage_std)
 
     def train(self) -> None:
         """Update the policy on the episode collected last, with SB3's clipped objective."""
         if self.advantage == "gae":
             return super().train()
-        assert isinstance(self.policy, RouterPolicy)
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
+        stats: list[Tensor] = []
+        for _ in range(self.n_epochs):
+            if not self._learn_epoch(stats):
+                break
+            self._n_updates += 1
+        self._log_update(torch.stack(stats).mean(0) if stats else self._episode.weight.new_zeros(5), self._flip_rate())
+        return None
+
+    def _learn_epoch(self, stats: list[Tensor]) -> bool:
+        """Update by every lane once, some lanes at a time; False if the policy has moved too far."""
         episode = self._episode
         num_sites, num_lanes = episode.actions.shape[:2]
         lanes = min(num_lanes, max(1, self.batch_size // num_sites))
-        before = self._decisions(episode)
-        stats: list[Tensor] = []
-        for _ in range(self.n_epochs):
-            for rows in torch.randperm(num_lanes, device=episode.actions.device).split(lanes):
-                loss, numbers = self._loss(Episode(*(part[:, rows] for part in episode)))
-                if self.target_kl is not None and numbers[0] > 1.5 * self.target_kl:
-                    break
-                stats.append(torch.stack((*numbers, loss.detach(), self._descend(loss))))
-            else:
-                self._n_updates += 1
-                continue
-            break
-        flips = (before != self._decisions(episode)).float().mean()
-        self._log_update(torch.stack(stats).mean(0) if stats else torch.zeros(5), flips)
-        return None
+        for rows in torch.randperm(num_lanes, device=episode.actions.device).split(lanes):
+            loss, numbers = self._loss(Episode(*(part.index_select(1, rows) for part in episode)))
+            if self.target_kl is not None and numbers[0] > 1.5 * self.target_kl:
+                return False
+            stats.append(torch.stack((*numbers, loss.detach(), self._descend(loss))))
+        return True
 
     def _loss(self, lanes: Episode) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Clipped surrogate minus entropy bonus plus own cost; KL estimate, clip fraction and entropy beside it."""
         assert isinstance(self.policy, RouterPolicy)
         logits = self.policy.router.site_logits(lanes.inputs, lanes.priors, lanes.log_price)
+        log_prob, entropy, count = bits_terms(logits, lanes.actions)
         advantages = lanes.weight * lanes.advantages
-        cost = (lanes.weight * lanes.unit_price * logits.sigmoid().sum(-1)).mean()
+        cost = (lanes.weight * lanes.unit_price * count).mean()
         if self.normalize_advantage:
             scale = advantages.std() + 1e-8
             advantages, cost = (advantages - advantages.mean()) / scale, cost / scale
         clip = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
-        log_ratio = bits_log_prob(logits, lanes.actions) - lanes.log_probs
+        log_ratio = log_prob - lanes.log_probs
         ratio = log_ratio.exp()
         surrogate = torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip)).mean()
-        entropy = bits_entropy(logits).mean()
+        loss = cost - surrogate
+        if self.ent_coef:
+            loss = loss - self.ent_coef * entropy.mean()
         with torch.no_grad():
             divergence = (ratio - 1 - log_ratio).mean()
             clipped = ((ratio - 1).abs() > clip).float().mean()
-        return cost - surrogate - self.ent_coef * entropy, (divergence, clipped, entropy.detach())
+            return loss, (divergence, clipped, entropy.mean())
 
     def _descend(self, loss: Tensor) -> Tensor:
         """One optimiser step; the gradient's norm before clipping."""
         assert isinstance(self.policy, RouterPolicy)
         self.policy.optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.router.parameters(), self.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.router.parameters(), self.max_grad_norm, foreach=True)
         self.policy.optimizer.step()
         return norm
 
     @torch.no_grad()
-    def _decisions(self, episode: Episode) -> Tensor:
+    def _flip_rate(self) -> Tensor:
+        """Share of decisions that the update turned round."""
         assert isinstance(self.policy, RouterPolicy)
-        return self.policy.router.site_logits(episode.inputs, episode.priors, episode.log_price) > 0
+        inputs, priors, log_price, *_, chosen = self._episode
+        logits = self.policy.router.site_logits(inputs, priors, log_price)
+        return ((logits > 0) != chosen).float().mean()
 
     def _log_update(self, stats: Tensor, flips: Tensor) -> None:
-        names = ("approx_kl", "clip_fraction", "entropy", "loss", "gradient_norm")
-        for name, value in zip(names, stats.tolist(), strict=True):
+        names = ("approx_kl", "clip_fraction", "entropy", "loss", "gradient_norm", "flip_rate")
+        figures = dict(zip(names, torch.cat((stats, flips.view(1))).tolist(), strict=True))
+        for name, value in figures.items():
             self.logger.record(f"train/{name}", value)
-        self.logger.record("train/entropy_loss", -stats[2].item())
-        self.logger.record("train/flip_rate", flips.item())
+        self.logger.record("train/entropy_loss", -figures["entropy"])
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
 
@@ -261,13 +297,3 @@ def leave_one_out(rewards: Tensor, copies: int, seq_len: int) -> Tensor:
     grouped = returns.unflatten(1, (-1, copies, seq_len))
     others = (grouped.sum(2, keepdim=True) - grouped) / (copies - 1)
     return (grouped - others).flatten(1)
-
-
-def bits_log_prob(logits: Tensor, bits: Tensor) -> Tensor:
-    """Log-probability of independent bits, summed over the last dimension; bits is bool of the same shape."""
-    return (logits * bits - F.softplus(logits)).sum(-1)
-
-
-def bits_entropy(logits: Tensor) -> Tensor:
-    """Entropy of independent bits in nats, summed over the last dimension."""
-    return (F.softplus(logits) - logits * logits.sigmoid()).sum(-1)

@@ -204,7 +204,7 @@ def test_both_vector_doors_agree_to_the_bit(
 
 def test_reported_cost_is_the_rows_that_ran(source: TokenSource, backbone: MoETransformer) -> None:
     """At each step the kernels run one row for each chosen unit, and the cost is these rows' FLOPs, exactly."""
-    backbone.head_backend = "compact"
+    backbone.backend = "compact"
     env = RoutingEnv(backbone, source)
     actions = np.random.default_rng(SEED).integers(0, 2, (source.seq_len, len(backbone.sites), 4), dtype=np.int8)
     for position in range(source.seq_len):
@@ -220,7 +220,7 @@ def test_reported_cost_is_the_rows_that_ran(source: TokenSource, backbone: MoETr
 
 def test_cost_of_all_lanes_is_the_rows_that_ran(source: TokenSource, backbone: MoETransformer) -> None:
     """Site by site too: expert rows times their FLOPs are what the lanes are charged together."""
-    backbone.head_backend = "compact"
+    backbone.backend = "compact"
     mdp = RoutingMDP(backbone, source, EnvConfig(), num_sequences=NUM_SEQUENCES)
     mdp.reset(np.random.default_rng(SEED))
     for site, action in zip(backbone.sites, _random_actions(mdp), strict=True):

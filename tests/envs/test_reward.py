@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from envs import EnvConfig, FixedSource, RoutingMDP, Step, TokenBatch, TokenSource
+from envs import EnvConfig, RoutingMDP, Step, TokenBatch, TokenSource
 from envs.reward import quality, shared, step_reward
 from moe_backbone import MoETransformer, best_units
 
@@ -224,13 +224,3 @@ def test_same_actions_give_copies_the_same_return_and_other_actions_another(
     torch.testing.assert_close(native[:, 0], native[:, 1])
     random = torch.stack([step.reward for step in _random_episode(mdp, batch)[1]]).sum(0)
     assert not torch.allclose(random.view_as(native)[:, 0], random.view_as(native)[:, 1])
-
-
-def test_fixed_source_repeats_its_sequences_in_order() -> None:
-    """From the start again when they run out, whatever the generator."""
-    tokens = torch.arange(6).view(3, 2)
-    source = FixedSource(tokens, tokens + 1)
-    drawn, targets = source.draw(5, np.random.default_rng(SEED))
-    assert drawn.tolist() == [[0, 1], [2, 3], [4, 5], [0, 1], [2, 3]]
-    assert targets.tolist() == (drawn + 1).tolist()
-    assert source.seq_len == 2

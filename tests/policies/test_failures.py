@@ -21,9 +21,10 @@ from envs import mdp as mdp_module
 from envs.planted import PLANTED_CONFIG, PLANTED_RULES, VOCAB, PlantedSource, planted_backbone
 from moe_backbone import MoETransformer
 from policies import routing_ppo
+from policies.bits import bits_entropy, bits_log_prob, bits_terms
 from policies.linear_router import LinearRouter, RouterSpec
 from policies.router_policy import RouterPolicy
-from policies.routing_ppo import Episode, RoutingPPO, bits_entropy, bits_log_prob, leave_one_out
+from policies.routing_ppo import Episode, RoutingPPO, leave_one_out
 
 SEQ_LEN, COPIES, NUM_SEQUENCES = 8, 4, 4
 NUM_SITES, UNITS = 2, (2, 4)
@@ -189,7 +190,12 @@ def check_results_respond_to_the_entropy_bonus() -> None:
 def test_results_respond_to_the_entropy_bonus(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bonus keeps actions random; planted, an entropy without a graph is seen."""
     check_results_respond_to_the_entropy_bonus()
-    monkeypatch.setattr(routing_ppo, "bits_entropy", lambda logits: bits_entropy(logits).detach())
+
+    def detached(logits: Tensor, bits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_prob, entropy, count = bits_terms(logits, bits)
+        return log_prob, entropy.detach(), count
+
+    monkeypatch.setattr(routing_ppo, "bits_terms", detached)
     with pytest.raises(AssertionError):
         check_results_respond_to_the_entropy_bonus()
 

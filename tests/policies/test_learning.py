@@ -153,11 +153,14 @@ def test_saved_router_acts_as_before(
 
 
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")  # of SB3's buffer, which is not used
-def test_loaded_model_goes_on_learning_as_if_never_saved(planted: MoETransformer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("advantage", ["leave_one_out", "gae"])
+def test_loaded_model_goes_on_learning_as_if_never_saved(
+    planted: MoETransformer, tmp_path: Path, advantage: Literal["leave_one_out", "gae"]
+) -> None:
     """With its generators kept, weights after two more updates are those of the run without a break, to the bit."""
-    whole = _model(planted, SEEDS[0])
+    whole = _model(planted, SEEDS[0], advantage)
     whole.learn(4 * LANES * NUM_SITES)
-    broken = _model(planted, SEEDS[0])
+    broken = _model(planted, SEEDS[0], advantage)
     broken.learn(2 * LANES * NUM_SITES)
     broken.keep_generators()
     broken.save(tmp_path / "checkpoint.zip")

@@ -313,11 +313,12 @@ def test_logit_by_hand() -> None:
     router.weight[1, :, 0] = torch.tensor([1.0, 10.0, 100.0, 0.0, 1000.0])  # features, scores, constant
     router.price_weight[1, 4, 0] = 0.5
     features, scores = torch.tensor([[0.3, 0.2]]), torch.tensor([[0.25, 0.75]]).log()
-    logits = router.one_site_logits(1, features, scores, torch.tensor([[10.0]]).log())
+    inputs, prior = router.inputs(features, scores), router.site_prior(1, scores)
+    logits = router.one_site_logits(1, inputs, prior, torch.tensor([[10.0]]).log())
     prior = (-1.0, 2 * np.log(1.5))  # 2 log(.25 / .5) clamped at -1, and 2 log(.75 / .5)
     first = prior[0] + 0.3 + 2.0 + 100 * np.log(0.25) + 1000 + 0.5
     torch.testing.assert_close(logits, torch.tensor([[first, prior[1]]], dtype=torch.float32))
-    heads = router.one_site_logits(0, features, torch.zeros(1, 2), torch.zeros(1, 1))
+    heads = router.one_site_logits(0, inputs, router.site_prior(0, scores), torch.zeros(1, 1))
     assert heads.tolist() == [[3.0, IGNORED_LOGIT]]
 
 
