@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn import functional as F
 
+from policies.lean_adam import LeanAdam
 from policies.tensor_rollouts import Flag, LaneStep, LazyInfos, TensorRollout, either, has_tensor_face, restart
 
 
@@ -136,11 +137,11 @@ class TensorPPO(PPO):
             return super().train()
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        use_foreach(self.policy.optimizer)
-        weights, epochs = list(self.policy.parameters()), []
+        descent = LeanAdam(self.policy.optimizer, list(self.policy.parameters()), self.max_grad_norm)
+        epochs = []
         for _ in range(self.n_epochs):
             with unvalidated():
-                figures, goes_on = self._epoch(self._rollout, weights)
+                figures, goes_on = self._epoch(self._rollout, descent)
             epochs.append(figures)
             self._n_updates += 1
             if not goes_on:
@@ -148,7 +149,7 @@ class TensorPPO(PPO):
         self._log_training(self._rollout, epochs)
         return None
 
-    def _epoch(self, rollout: TensorRollout, weights: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
+    def _epoch(self, rollout: TensorRollout, descent: LeanAdam) -> tuple[list[Tensor], bool]:
         """Update by every minibatch: the figures of each, and False if the policy has moved too far."""
         figures: list[Tensor] = []
         for batch in rollout.minibatches(self.batch_size):
@@ -158,10 +159,9 @@ class TensorPPO(PPO):
                 if self.verbose >= 1:
                     print(f"Early stopping due to reaching max kl: {numbers[0]:.2f}")
                 return figures, False
-            self.policy.optimizer.zero_grad()
+            descent.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights, self.max_grad_norm, foreach=True)
-            self.policy.optimizer.step()
+            descent.step()
         return figures, True
 
     def _batch_loss(self, batch: RolloutBufferSamples) -> tuple[Tensor, Tensor]:
@@ -211,10 +211,3 @@ class TensorPPO(PPO):
         self.logger.record("train/clip_range", clip)
         if clip_values is not None:
             self.logger.record("train/clip_range_vf", clip_values)
-
-
-def use_foreach(optimizer: torch.optim.Optimizer) -> None:
-    """All weights in one call where PyTorch would take them one by one on the CPU; same bits."""
-    for group in optimizer.param_groups:
-        if not group.get("fused") and group.get("foreach", False) is None:
-            group["foreach"] = True
