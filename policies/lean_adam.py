@@ -35,7 +35,7 @@ class LeanAdam:
             torch.nn.utils.clip_grad_norm_(self.weights, self.max_norm, foreach=True)
             self.optimizer.step()
             return
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # type: ignore[arg-type]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         torch._foreach_mul_(gradients, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
         self._adam(trained, gradients)
 

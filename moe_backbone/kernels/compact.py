@@ -1,7 +1,11 @@
-"""Work that follows the subset on a CPU: only chosen (token, unit) rows are gathered and multiplied. No gradients."""
+"""Work that follows the subset on a CPU: only chosen (token, unit) rows are gathered and multiplied. No gradients.
+
+The rows of a unit are filled up to one of a few lengths (see `layouts.common_length`); what is filled up is not counted.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -9,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_backbone.kernels import reference
-from moe_backbone.kernels.layouts import joint_product, products
+from moe_backbone.kernels.layouts import common_length, joint_product, products
 from moe_backbone.kernels.rows import record_rows
 
 
@@ -20,13 +24,15 @@ def expert_mlp(hidden: Tensor, weights: Tensor, subset: Tensor, gate_up: Tensor,
     """
     rows = _chosen_rows(subset)
     outputs = []
-    for tokens, widen, narrow in zip(rows.tokens_by_unit, products(gate_up), products(down), strict=True):
-        if len(tokens):
-            gate, up = widen(hidden.index_select(0, tokens)).chunk(2, dim=1)
-            outputs.append(narrow(F.silu(gate).mul_(up)))
+    for inputs, count, widen, narrow in zip(
+        rows.gather(hidden), rows.counts, products(gate_up), products(down), strict=True
+    ):
+        if count:
+            gate, up = widen(inputs).chunk(2, dim=1)
+            outputs.append(narrow(F.silu(gate).mul_(up))[:count])
     if not outputs:
         return torch.zeros_like(hidden)
-    return rows.combine("experts", torch.cat(outputs), weights[subset])
+    return rows.combine("experts", torch.cat(outputs), weights)
 
 
 def head_attention(
@@ -45,14 +51,11 @@ def head_attention(
     """
     if subset.all():  # nothing to skip
         return all_heads(hidden, weights, subset, query_weight, keys, values, output_weight, rotation)
-    flat, chosen = hidden.flatten(0, 1), subset.flatten(0, 1)
-    rows = _chosen_rows(chosen)
+    rows = _chosen_rows(subset.flatten(0, 1))
     if not rows.tokens.numel():
         return torch.zeros_like(hidden)
-    projected = [
-        project(flat.index_select(0, tokens))
-        for tokens, project in zip(rows.tokens_by_unit, products(query_weight), strict=True)
-    ]
+    per_head = zip(rows.gather(hidden.flatten(0, 1)), rows.counts, products(query_weight), strict=True)
+    projected = [project(inputs)[:count] for inputs, count, project in per_head]
     positions = rows.tokens % hidden.shape[1]
     query = reference.rotate(torch.cat(projected), rotation[:, positions])
     if hidden.shape[1] == 1:
@@ -61,7 +64,7 @@ def head_attention(
         counts = subset.sum(1).t().flatten().tolist()  # head after head, sequence after sequence
         mixed = _mix(query, positions, counts, hidden.shape[1], keys, values)
     outputs = [project(part) for part, project in zip(mixed.split(rows.counts), products(output_weight), strict=True)]
-    return rows.combine("heads", torch.cat(outputs), weights.flatten(0, 1)[chosen]).view_as(hidden)
+    return rows.combine("heads", torch.cat(outputs), weights.flatten(0, 1)).view_as(hidden)
 
 
 def cheapest_head_attention(hidden: Tensor, weights: Tensor, subset: Tensor, *rest: Tensor) -> Tensor:
@@ -71,7 +74,7 @@ def cheapest_head_attention(hidden: Tensor, weights: Tensor, subset: Tensor, *re
     of chosen heads repays them (measured on two cores, where the two meet at about the share below).
     """
     keys = rest[1]
-    worth_skipping = (keys.shape[2] * keys.shape[3]) ** 0.5 / 180
+    worth_skipping = (keys.shape[2] * keys.shape[3]) ** 0.5 / 240
     skips = subset.sum() < min(worth_skipping, 0.7) * subset.numel()
     return (head_attention if skips else all_heads)(hidden, weights, subset, *rest)
 
@@ -106,8 +109,8 @@ class _Rows(NamedTuple):
 
     tokens: Tensor
     """Token of each row (num_rows,), int64."""
-    units: Tensor
-    """Unit of each row (num_rows,), int64."""
+    pairs: Tensor
+    """Where the rows lie in the flat subset, token after token (num_rows,), int64."""
     counts: list[int]
     """Rows of each unit."""
     by_token: Tensor
@@ -115,10 +118,14 @@ class _Rows(NamedTuple):
     first: Tensor
     """Where each token's rows begin in `by_token` (num_tokens,), int64."""
 
-    @property
-    def tokens_by_unit(self) -> tuple[Tensor, ...]:
-        """Tokens of each unit's rows."""
-        return self.tokens.split(self.counts)
+    def gather(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Each unit's rows of `hidden` (num_tokens, hidden_size), and after them some that do not count."""
+        lengths = [common_length(count) for count in self.counts]
+        tokens = self.tokens if lengths == self.counts else F.pad(self.tokens, (0, max(lengths)))
+        start = 0
+        for count, length in zip(self.counts, lengths, strict=True):
+            yield hidden.index_select(0, tokens[start : start + length])
+            start += count
 
     def combine(self, kind: str, outputs: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of each token's rows (num_tokens, hidden_size); zeros for a token without any.
@@ -126,9 +133,10 @@ class _Rows(NamedTuple):
         Args:
             kind: Of the units, for the row counters.
             outputs: Of the units (num_rows, hidden_size).
-            weights: Of the rows, in the order of `by_token` (num_rows,).
+            weights: Of tokens and units (num_tokens, num_units).
         """
         record_rows(kind, outputs.shape[0])
+        weights = weights.reshape(-1).index_select(0, self.pairs)
         return F.embedding_bag(self.by_token, outputs, self.first, mode="sum", per_sample_weights=weights)
 
 
@@ -137,13 +145,14 @@ def _chosen_rows(subset: Tensor) -> _Rows:
 
     Example: subset [[1, 1], [0, 1]] has the rows (token 0, unit 0), (0, 1) and (1, 1); token 0 owns the first two.
     """
-    tokens, units = subset.nonzero().unbind(1)
+    num_tokens, num_units = subset.shape
+    pairs = subset.flatten().nonzero().squeeze(1)
+    tokens, units = pairs // num_units, pairs % num_units
     order = units.to(torch.int16).argsort(stable=True)  # short keys sort several times faster
-    by_token = torch.empty_like(order)
-    by_token[order] = torch.arange(len(order), device=order.device)
-    counts = units.bincount(minlength=subset.shape[1]).tolist()
-    per_token = tokens.bincount(minlength=subset.shape[0])
-    return _Rows(tokens[order], units[order], counts, by_token, per_token.cumsum(0) - per_token)
+    by_token = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    counts = units.bincount(minlength=num_units).tolist()
+    per_token = tokens.bincount(minlength=num_tokens)
+    return _Rows(tokens.index_select(0, order), pairs, counts, by_token, per_token.cumsum(0) - per_token)
 
 
 def _mix(query: Tensor, positions: Tensor, counts: list[int], num_queries: int, keys: Tensor, values: Tensor) -> Tensor:
@@ -171,6 +180,7 @@ def _mix(query: Tensor, positions: Tensor, counts: list[int], num_queries: int, 
 
 def _mix_one_query(query: Tensor, rows: _Rows, keys: Tensor, values: Tensor) -> Tensor:
     """The same where each sequence has one query, which attends to every key: chosen caches side by side."""
-    chosen = rows.tokens * keys.shape[1] + rows.units
+    units = torch.arange(keys.shape[1], device=keys.device).repeat_interleave(torch.tensor(rows.counts))
+    chosen = rows.tokens * keys.shape[1] + units
     own_keys, own_values = (cache.flatten(0, 1).index_select(0, chosen).unsqueeze(1) for cache in (keys, values))
     return F.scaled_dot_product_attention(query[:, None, None], own_keys, own_values)[:, 0, 0]

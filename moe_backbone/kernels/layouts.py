@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 SMALLEST_PACKED = 500_000
 """Multiply-adds of one product below which calling the library costs more than its layout saves."""
+
+
+def common_length(num_rows: int) -> int:
+    """The next of a few lengths, at most an eighth above.
+
+    The library compiles a product for every new number of rows, which takes longer than the product itself, so numbers
+    that change with every subset must be few.
+
+    Example: up to 16 rows stay as they are, 17 become 18, 100 become 104, 1000 become 1024.
+    """
+    step = 1 << max(0, (num_rows - 1).bit_length() - 4)
+    return -(-num_rows // step) * step
 
 
 class Weight(NamedTuple):
@@ -23,18 +36,22 @@ class Weight(NamedTuple):
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Rows (num_rows, inputs) times the matrix: (num_rows, outputs)."""
-        if self.packed is None or rows.requires_grad or rows.shape[0] * self.plain.numel() < SMALLEST_PACKED:
+        num_rows = rows.shape[0]
+        if self.packed is None or rows.requires_grad or num_rows * self.plain.numel() < SMALLEST_PACKED:
             return rows @ self.plain
-        return torch.ops.mkldnn._linear_pointwise(rows, self.packed, None, "none", [], "")
+        if num_rows != common_length(num_rows):
+            rows = F.pad(rows, (0, 0, 0, common_length(num_rows) - num_rows))
+        return torch.ops.mkldnn._linear_pointwise(rows, self.packed, None, "none", [], "")[:num_rows]
 
 
 class _Layout(NamedTuple):
     version: int
     place: int
-    packed: list[Tensor]
+    weights: list[Weight]
 
 
 _layouts = WeakTensorKeyDictionary()
+_HAS_LAYOUTS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 def products(weight: Tensor) -> list[Weight]:
@@ -45,7 +62,7 @@ def products(weight: Tensor) -> list[Weight]:
 
     Example: `products(down)[3](rows)` is `rows @ down[3]`.
     """
-    return _laid_out(weight, lambda: list(weight.unbind(0)), "units")
+    return _laid_out(weight, "units", lambda weight: weight.unbind(0))
 
 
 def joint_product(weight: Tensor, units_in: bool) -> Weight:
@@ -56,11 +73,9 @@ def joint_product(weight: Tensor, units_in: bool) -> Weight:
         units_in: Whether units lie along the inputs (num_units * inputs, outputs), or along the outputs
             (inputs, num_units * outputs).
     """
-
-    def join() -> list[Tensor]:
-        return [weight.flatten(0, 1) if units_in else weight.transpose(0, 1).flatten(1)]
-
-    return _laid_out(weight, join, "joint")[0]
+    if units_in:
+        return _laid_out(weight, "joint inputs", lambda weight: (weight.flatten(0, 1),))[0]
+    return _laid_out(weight, "joint outputs", lambda weight: (weight.transpose(0, 1).flatten(1),))[0]
 
 
 def linear(hidden: Tensor, weight: Tensor, *, outputs_first: bool = True) -> Tensor:
@@ -74,28 +89,26 @@ def linear(hidden: Tensor, weight: Tensor, *, outputs_first: bool = True) -> Ten
     Returns:
         (..., outputs).
     """
-    product = _laid_out(weight, lambda: [weight.t() if outputs_first else weight], "matrix")[0]
+    product = _laid_out(weight, "matrix", lambda weight: (weight.t() if outputs_first else weight,))[0]
     return product(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
 
 
-def _laid_out(weight: Tensor, matrices: Callable[[], list[Tensor]], form: str) -> list[Weight]:
-    plain = matrices()
-    if not _can_pack(weight):
-        return [Weight(matrix, None) for matrix in plain]
-    layout = _layouts.setdefault(weight, {}).get(form)
+def _laid_out(weight: Tensor, form: str, matrices: Callable[[Tensor], Sequence[Tensor]]) -> list[Weight]:
+    if weight.requires_grad or not _can_pack(weight):
+        return [Weight(matrix, None) for matrix in matrices(weight)]
+    forms = _layouts.get(weight)
+    layout = None if forms is None else forms.get(form)
     if layout is None or (layout.version, layout.place) != (weight._version, weight.data_ptr()):
-        reorder = torch.ops.mkldnn._reorder_linear_weight
-        packed = [reorder(matrix.t().contiguous()) for matrix in plain]
-        layout = _layouts[weight][form] = _Layout(weight._version, weight.data_ptr(), packed)
-    return [Weight(matrix, packed) for matrix, packed in zip(plain, layout.packed, strict=True)]
+        # detached: a view of the weight itself would keep it alive
+        packed = [Weight(matrix, _pack(matrix)) for matrix in matrices(weight.detach())]
+        layout = _Layout(weight._version, weight.data_ptr(), packed)
+        _layouts.setdefault(weight, {})[form] = layout
+    return layout.weights
+
+
+def _pack(matrix: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(matrix.t().contiguous())
 
 
 def _can_pack(weight: Tensor) -> bool:
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and not weight.requires_grad
-        and weight.numel() > 0
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    )
+    return _HAS_LAYOUTS and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > 0
