@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test check lint types imports spelling tensorboard clean
+.PHONY: help train test bench check lint types imports spelling tensorboard clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -20,6 +20,9 @@ train: $(VENV)/.installed-train  ## Train a router: make train ARGS="--help"
 
 test: $(VENV)/.installed-test  ## Run the tests: make test ARGS="-k kernels"
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.installed-bench  ## Measure speed on this CPU: make bench ARGS="--only experts"
+	$(BIN)/python -m benchmarks.run $(ARGS)
 
 check: lint types imports spelling  ## Everything that reads the code without running it
 
@@ -52,8 +55,9 @@ $(BIN)/pip:
 
 $(VENV)/.installed-train: EXTRAS :=
 $(VENV)/.installed-test: EXTRAS := [test]
+$(VENV)/.installed-bench: EXTRAS := [bench]
 $(VENV)/.installed-dev: EXTRAS := [dev]
-$(VENV)/.installed-train $(VENV)/.installed-test $(VENV)/.installed-dev: setup.cfg constraints.txt | $(BIN)/pip
+$(VENV)/.installed-train $(VENV)/.installed-test $(VENV)/.installed-bench $(VENV)/.installed-dev: setup.cfg constraints.txt | $(BIN)/pip
 	@echo 'installing routegym$(EXTRAS) and its libraries into $(VENV) (minutes the first time, then not again) ...'
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)'
 	@touch $@

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -227,21 +227,22 @@ class Run:
         remaining = self.config.total_timesteps - self.model.num_timesteps
         if remaining > 0:
             saver = PeriodicSave(self.save, self.config.checkpoint_every)
-            with _asked_to_stop(saver):
+            bar = ProgressBar(self.config.total_timesteps)
+            with _asked_to_stop(saver), closing(bar):
                 fresh = self.model.num_timesteps == 0
-                self.model.learn(remaining, callback=self._callbacks(saver), reset_num_timesteps=fresh)
+                self.model.learn(remaining, callback=self._callbacks(saver, bar), reset_num_timesteps=fresh)
             self.save()
         write_atomic(self.folder / "router.zip", lambda path: self.model.save(path))
         save_router(self.model.policy.router, self.folder, self.backbone)  # type: ignore[arg-type]
 
-    def _callbacks(self, saver: PeriodicSave) -> CallbackList:
+    def _callbacks(self, saver: PeriodicSave, bar: ProgressBar) -> CallbackList:
         config = self.config
         shown: dict[str, Any] = {"seed": config.seed, "quality": config.env.quality, "advantage": config.ppo.advantage}
         shown |= {"learning_rate": config.ppo.learning_rate, "total_timesteps": config.total_timesteps}
         callbacks: list[BaseCallback] = [RoutingMetrics(shown), saver]
         if config.eval_times:
             callbacks.append(PeriodicEvaluation(self.look, config.eval_times))
-        return CallbackList([*callbacks, ProgressBar(config.total_timesteps)])
+        return CallbackList([*callbacks, bar])
 
     def look(self) -> tuple[dict[str, float], dict[str, Any]]:
         """Score the router on validation documents at a few prices: scalars and figures for TensorBoard."""

@@ -85,7 +85,8 @@ class TrivialVecEnv(VecEnv):
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         """One step of every lane; those that ended start again, as SB3 wants it."""
         step = self.step_tensor(self._actions)
-        reward, infos = step.reward.cpu().numpy(), [{} for _ in range(self.num_envs)]
+        reward = step.reward.cpu().numpy()
+        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         ended = step.truncated if self.truncate else step.terminated
         dones = np.full(self.num_envs, ended) if isinstance(ended, bool) else ended.cpu().numpy()
         self._returns = self._returns + reward

@@ -101,6 +101,7 @@ class ProgressBar(BaseCallback):
     def __init__(self, total_timesteps: int) -> None:
         super().__init__()
         self.total_timesteps = total_timesteps
+        self._bar: tqdm[Any] | None = None
 
     def _on_training_start(self) -> None:
         self._bar = tqdm(
@@ -116,13 +117,15 @@ class ProgressBar(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        assert self.model.ep_info_buffer is not None
+        assert self.model.ep_info_buffer is not None and self._bar is not None
         returns = [episode["r"] for episode in self.model.ep_info_buffer]
         self._bar.set_postfix({"return": f"{sum(returns) / max(1, len(returns)):.3f}"}, refresh=False)
         self._bar.update(self.model.num_timesteps - self._bar.n)
 
-    def _on_training_end(self) -> None:
-        self._bar.close()
+    def close(self) -> None:
+        """Leave the bar as it is; to be called however the training ends."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 class PeriodicEvaluation(BaseCallback):

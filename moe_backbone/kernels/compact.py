@@ -1,6 +1,6 @@
 """Work that follows the subset on a CPU: only chosen (token, unit) rows are gathered and multiplied. No gradients.
 
-The rows of a unit are filled up to one of a few lengths (see `layouts.common_length`); what is filled up is not counted.
+The rows of a unit are filled up to one of a few lengths (`layouts.common_length`); what is filled up is not counted.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ def expert_mlp(hidden: Tensor, weights: Tensor, subset: Tensor, gate_up: Tensor,
 
     Example: two tokens, expert 1 chosen for the second only, multiplies one row by expert 1 and touches no other.
     """
+    if len(hidden) == 1:
+        return _one_token_experts(hidden, weights, subset, gate_up, down)
     rows = _chosen_rows(subset)
     outputs = []
     for inputs, count, widen, narrow in zip(
@@ -33,6 +35,19 @@ def expert_mlp(hidden: Tensor, weights: Tensor, subset: Tensor, gate_up: Tensor,
     if not outputs:
         return torch.zeros_like(hidden)
     return rows.combine("experts", torch.cat(outputs), weights)
+
+
+def _one_token_experts(hidden: Tensor, weights: Tensor, subset: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The same for a single token, as in decoding, whose rows need no order."""
+    experts = subset[0].nonzero().squeeze(1)
+    outputs = []
+    for expert in experts.tolist():
+        gate, up = (hidden @ gate_up[expert]).chunk(2, dim=1)
+        outputs.append(F.silu(gate).mul_(up) @ down[expert])
+    record_rows("experts", len(outputs))
+    if not outputs:
+        return torch.zeros_like(hidden)
+    return weights.index_select(1, experts) @ torch.cat(outputs)
 
 
 def head_attention(

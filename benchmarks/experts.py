@@ -1,0 +1,176 @@
+"""The expert op on a CPU against transformers' grouped_mm, and against the loop that everybody writes first."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from itertools import cycle
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.measure import Measured, Row, agree, compare, interleave, milliseconds
+from moe_backbone.kernels import expert_mlp
+from moe_backbone.sites import best_units
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of one expert layer."""
+
+    num_tokens: int
+    hidden_size: int = 256
+    intermediate_size: int = 512
+    num_experts: int = 16
+    active: int = 2
+    """Experts of a token, on average or exactly."""
+
+
+class Inputs(NamedTuple):
+    """Arguments of `expert_mlp`."""
+
+    hidden: Tensor
+    weights: Tensor
+    subset: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+BATCHES = 8
+"""Different tokens and subsets that are timed in turn."""
+LOOP_SIZES = (
+    Sizes(num_tokens=2048),
+    Sizes(num_tokens=256),
+    Sizes(num_tokens=32),
+    Sizes(num_tokens=4096, hidden_size=128, intermediate_size=96, active=4),
+    Sizes(num_tokens=1),
+)
+
+
+@torch.no_grad()
+def rows() -> Iterator[Row]:
+    """Any subset allowed, always the same number of experts, and the plain loop at its best size."""
+    if importlib.util.find_spec("transformers") is None:
+        logger.warning("experts/any-subset and experts/fixed-k left out, they need: pip install -e '.[bench]'")
+    else:
+        yield _against_grouped_mm("experts/any-subset", 4.0, any_subset=True)
+        yield _against_grouped_mm("experts/fixed-k", 1.15, any_subset=False)
+    yield _against_plain_loop()
+
+
+def draw(sizes: Sizes, *, any_subset: bool) -> list[Inputs]:
+    """Several batches for the same experts, as a library may be fast only for numbers of rows that it has seen.
+
+    Each expert is chosen with the same chance, or `sizes.active` of them by every token.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens, width, inner, experts = sizes.num_tokens, sizes.hidden_size, sizes.intermediate_size, sizes.num_experts
+    gate_up = torch.randn(experts, width, 2 * inner, generator=generator) * width**-0.5
+    down = torch.randn(experts, inner, width, generator=generator) * inner**-0.5
+    batches = []
+    for _ in range(BATCHES):
+        chances = torch.rand(tokens, experts, generator=generator)
+        subset = chances < sizes.active / experts if any_subset else best_units(chances, sizes.active)
+        hidden = torch.randn(tokens, width, generator=generator)
+        batches.append(Inputs(hidden, torch.rand(tokens, experts, generator=generator) + 0.1, subset, gate_up, down))
+    return batches
+
+
+def _in_turn(calls: Sequence[Callable[[], Tensor]]) -> Callable[[], Tensor]:
+    """Another of the calls each time."""
+    turns = cycle(calls)
+    return lambda: next(turns)()
+
+
+def _against_grouped_mm(name: str, bar: float, *, any_subset: bool) -> Row:
+    sizes = Sizes(num_tokens=2048)
+    batches = draw(sizes, any_subset=any_subset)
+    ours = [partial(expert_mlp, *inputs) for inputs in batches]
+    rival = [_grouped_mm(inputs, sizes, any_subset=any_subset) for inputs in batches]
+
+    def measure() -> Measured:
+        own, other = interleave((_in_turn(ours), _in_turn(rival)))
+        detail = {"sizes": asdict(sizes), "rows": int(batches[0].subset.sum())}
+        detail |= {"id_columns": sizes.num_experts if any_subset else sizes.active}
+        return other / own, {**detail, "ours_ms": milliseconds(own), "grouped_mm_ms": milliseconds(other)}
+
+    return compare(name, bar=bar, equal=agree(ours[0](), rival[0]()), measure=measure)
+
+
+def _grouped_mm(inputs: Inputs, sizes: Sizes, *, any_subset: bool) -> Callable[[], Tensor]:
+    """The same experts as transformers runs them; its form of weights and choice is made before the clock starts.
+
+    Where any subset is allowed, a token may want all experts, so there is a column of ids for each; those not chosen
+    hold the id `num_experts` and weigh nothing. Its masks for such ids stay off: they only cost it time.
+    """
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    def gated(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    layer: Any = SimpleNamespace(
+        num_experts=sizes.num_experts,
+        gate_up_proj=_transposed(inputs.gate_up),
+        down_proj=_transposed(inputs.down),
+        act_fn=F.silu,
+        has_gate=True,
+        has_bias=False,
+        has_post_expert_norm=False,
+        is_transposed=False,
+        _is_expert_parallel=False,
+        _apply_gate=gated,
+    )
+    if any_subset:
+        ids = torch.arange(sizes.num_experts).where(inputs.subset, sizes.num_experts)
+        weights = inputs.weights * inputs.subset
+    else:
+        ids = inputs.subset.nonzero()[:, 1].view(sizes.num_tokens, sizes.active)
+        weights = inputs.weights[inputs.subset].view_as(ids)
+    return partial(grouped_mm_experts_forward, layer, inputs.hidden, ids, weights)
+
+
+@cache
+def _transposed(weight: Tensor) -> Tensor:
+    """The layout that transformers has, once for all batches."""
+    return weight.mT.contiguous()
+
+
+def plain_loop(hidden: Tensor, weights: Tensor, subset: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Expert after expert; shapes as in `reference.expert_mlp`."""
+    update = torch.zeros_like(hidden)
+    for expert in range(len(gate_up)):
+        tokens = subset[:, expert].nonzero().squeeze(1)
+        if not len(tokens):
+            continue
+        gate, up = (hidden[tokens] @ gate_up[expert]).chunk(2, dim=1)
+        update.index_add_(0, tokens, (F.silu(gate) * up) @ down[expert] * weights[tokens, expert, None])
+    return update
+
+
+def _against_plain_loop() -> Row:
+    """The least of the ratios of all sizes."""
+    problems = [draw(sizes, any_subset=False) for sizes in LOOP_SIZES]
+
+    def side(op: Callable[..., Tensor], batches: list[Inputs]) -> Callable[[], Tensor]:
+        return _in_turn([partial(op, *inputs) for inputs in batches])
+
+    def measure() -> Measured:
+        ratios, cases = [], []
+        for sizes, batches in zip(LOOP_SIZES, problems, strict=True):
+            own, other = interleave((side(expert_mlp, batches), side(plain_loop, batches)), seconds=2.0)
+            times = {"ours_ms": milliseconds(own), "loop_ms": milliseconds(other)}
+            ratios.append(other / own)
+            cases.append({"ratio": ratios[-1], **times, "sizes": asdict(sizes)})
+        return min(ratios), {"cases": cases}
+
+    equal = all(agree(expert_mlp(*batches[0]), plain_loop(*batches[0])) for batches in problems)
+    return compare("experts/plain-loop", bar=0.95, equal=equal, measure=measure)
