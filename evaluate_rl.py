@@ -18,6 +18,7 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 from torch import Tensor
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from evaluation import (
     Comparison,
@@ -222,7 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.cli(EvaluateConfig, description=__doc__, args=arguments)
     try:
-        run(config)
+        with logging_redirect_tqdm():  # a line of the log must not cut a progress bar
+            run(config)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

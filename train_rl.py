@@ -25,6 +25,7 @@ import tyro
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Figure, configure
 from stable_baselines3.common.utils import LinearSchedule
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from envs import CorpusSource, EnvConfig, RoutingVecEnv
 from evaluate_rl import EvaluationConfig, LearnedPoint, evaluate, held_out_evaluator, write_report
@@ -346,7 +347,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(words)
     logger.info("$ %s", shlex.join(["python", "train_rl.py", *words]))
     try:
-        run(config)
+        with logging_redirect_tqdm():  # a line of the log must not cut a progress bar
+            run(config)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -30,6 +30,9 @@ class CorpusSource:
         split: Where the windows lie.
         seq_len: Tokens of a window.
         order: `random` places, or `passes` over windows that lie side by side.
+
+    Attributes:
+        left: Windows of the current pass that are still to come; may be set after a first draw, to go on with another.
     """
 
     def __init__(self, split: Split, seq_len: int, order: Literal["random", "passes"] = "random") -> None:
@@ -37,17 +40,17 @@ class CorpusSource:
             raise ValueError(f"order must be one of random, passes, got {order!r}")
         self.split, self.seq_len, self.order = split, seq_len, order
         self._generator: np.random.Generator | None = None
-        self._left = np.zeros(0, dtype=np.int64)
+        self.left = np.zeros(0, dtype=np.int64)
 
     def draw(self, count: int, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Tokens and next tokens, each (count, seq_len), int64."""
         if self.order == "random":
             return self.split.sample(count, self.seq_len, generator)
         if generator is not self._generator:
-            self._generator, self._left = generator, self._left[:0]
-        while len(self._left) < count:
-            self._left = np.append(self._left, generator.permutation(self.split.num_windows(self.seq_len)))
-        windows, self._left = self._left[:count], self._left[count:]
+            self._generator, self.left = generator, self.left[:0]
+        while len(self.left) < count:
+            self.left = np.append(self.left, generator.permutation(self.split.num_windows(self.seq_len)))
+        windows, self.left = self.left[:count], self.left[count:]
         return self.split.at(windows * self.seq_len, self.seq_len)
 
 

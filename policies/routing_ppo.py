@@ -125,7 +125,13 @@ class RoutingPPO(TensorPPO):
             "cuda": cuda,
             "numpy": np.random.get_state(),
             "env": self.env.generator.bit_generator.state if hasattr(self.env, "generator") else None,  # type: ignore[union-attr]
+            "windows": self._source.left.tolist() if hasattr(self._source, "left") else None,
         }
+
+    @property
+    def _source(self) -> Any:
+        """Where the environment's text comes from."""
+        return getattr(getattr(self.env, "mdp", None), "source", None)
 
     def restore_generators(self) -> None:
         """Go on with the generators where `keep_generators` saw them."""
@@ -138,6 +144,8 @@ class RoutingPPO(TensorPPO):
             observation = self.env.reset()  # type: ignore[union-attr]  # or `learn` would, and seed it
             self._last_obs, self._ended = torch.as_tensor(observation, device=self.device), True  # type: ignore[assignment]
             self.env.generator.bit_generator.state = states["env"]  # type: ignore[union-attr]
+        if states["windows"] is not None:
+            self._source.left = np.array(states["windows"], dtype=np.int64)
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int

@@ -130,6 +130,20 @@ def test_interrupted_run_ends_like_one_that_was_not(
     assert tiny_run.same_weights(run_dir, finished)
 
 
+def test_a_pass_over_the_text_goes_on_where_it_was(
+    tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No window is read twice and none is left out because of an interruption."""
+    passes = {"order": "passes", "evaluation__routers": "top-k"}
+    main(tiny_run.words(tmp_path / "whole", **passes))
+    with monkeypatch.context() as patch:
+        _stop_between_updates(patch, KeyboardInterrupt())
+        with pytest.raises(SystemExit):
+            main(tiny_run.words(tmp_path / "run", **passes))
+    main(["--resume", str(tmp_path / "run")])
+    assert tiny_run.same_weights(tmp_path / "run", tmp_path / "whole")
+
+
 def test_interrupt_says_how_to_go_on(
     tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
