@@ -82,7 +82,7 @@ class Attention(nn.Module):
             weights = self.num_heads * state.scores.exp().unflatten(0, (num_sequences, seq_len))
         subset = subset.unflatten(0, (num_sequences, seq_len))
         block = num_sequences
-        if state.cache is None and hidden.device.type == "cpu":
+        if state.cache is None and hidden.device.type == "cpu" and not torch.is_grad_enabled():
             block = max(1, BLOCK_TOKENS // seq_len)
         parts = zip(hidden.split(block), weights.split(block), subset.split(block), strict=True)
         updates = [self._update(state, *part, rotation, backend) for part in parts]
