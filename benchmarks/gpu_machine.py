@@ -136,7 +136,7 @@ class Machine:
 
     def record(self, function: Callable[[], Outcome]) -> tuple[Callable[[], object], Outcome]:
         """Replay of the function as a CUDA graph, and the outcome that replaying overwrites."""
-        recorded = record_cuda(function)
+        recorded = record_cuda(function, torch.device("cuda"))
         self.release()  # what the runs before the recorded one held on their stream
         return recorded
 

@@ -38,7 +38,7 @@ from moe_backbone.kernels import Backend, count_rows
 CONFIG = BackboneConfig(
     hidden_size=128, num_layers=2, num_heads=2, num_experts=128, top_k=2, intermediate_size=4096, seq_len=128
 )
-PREFILLED, DECODED, DECODE_STEPS, CHECKED = 128, 32, 8, 4
+PREFILLED, DECODED, DECODE_STEPS, CHECKED = 128, 32, 8, 20
 """Sequences of a prefill and of a decode step, steps timed together, sequences of the comparison with `reference`."""
 BARS = {0.5: 1 / 0.65, 0.25: 1 / 0.42}
 """Native time over routed time, by share of native compute."""

@@ -89,8 +89,10 @@ def interleave(
 
 
 def agree(first: Tensor, second: Tensor, tolerance: float = 1e-3) -> bool:
-    """Whether no number differs by more than `tolerance`; NaN agrees with nothing."""
-    return first.shape == second.shape and bool(((first - second).abs() <= tolerance).all())
+    """Whether no number differs by more than `tolerance` of the largest; NaN and nothing agree with nothing."""
+    if first.shape != second.shape or not second.numel():
+        return False
+    return bool(((first - second).abs() <= tolerance * second.abs().max()).all())
 
 
 def milliseconds(seconds: float) -> float:

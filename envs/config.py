@@ -31,7 +31,8 @@ class EnvConfig:
     """Copies of every sequence in a vector environment, same tokens and same price."""
     native_cache_mb: int = 0
     """Most megabytes (2**20 bytes) of native predictions kept for texts that come again; the first texts stay. Random
-    windows hardly ever come again, so 0 keeps none; 256 is 2,048 windows of 128 bytes of text."""
+    windows hardly ever come again, so 0 keeps none; 256 is 2,048 windows of 128 bytes of text. A resumed run starts
+    with none, so it may differ in the last bits."""
 
     def __post_init__(self) -> None:
         for name in ("price_low", "price_high"):

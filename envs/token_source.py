@@ -38,6 +38,10 @@ class CorpusSource:
     def __init__(self, split: Split, seq_len: int, order: Literal["random", "passes"] = "random") -> None:
         if order not in ("random", "passes"):
             raise ValueError(f"order must be one of random, passes, got {order!r}")
+        if order == "passes" and split.num_windows(seq_len) < 1:
+            raise ValueError(
+                f"split must hold a window of seq_len={seq_len} tokens for passes, got {len(split.tokens)}"
+            )
         self.split, self.seq_len, self.order = split, seq_len, order
         self._generator: np.random.Generator | None = None
         self.left = np.zeros(0, dtype=np.int64)

@@ -40,16 +40,28 @@ class KeyValueCache:
             layer: Whose keys and values these are.
             keys: (num_sequences, num_heads, num_new, head_size).
             values: Same shape.
+
+        Raises:
+            ValueError: If other sequences are in the cache.
         """
-        memory = self._memory[layer]
-        if memory is None:
-            num_sequences, num_heads, _, head_size = keys.shape
-            memory = keys.new_zeros(2, num_sequences, num_heads, self.capacity, head_size)
-            self._memory[layer] = memory
-        stop = self.length + keys.shape[2]
-        memory[0, :, :, self.length : stop] = keys
-        memory[1, :, :, self.length : stop] = values
+        memory, new = self._memory[layer], torch.stack((keys, values))
+        if memory is not None and memory.shape[:3] != new.shape[:3]:
+            raise ValueError(f"cache must get the same {memory.shape[1]} sequences again, got {new.shape[1]}")
+        stop = self.length + new.shape[3]
+        if memory is None or not self._writable(memory, new):
+            past = [] if memory is None else [memory[:, :, :, : self.length]]
+            room = [] if new.requires_grad else [new.new_zeros(*new.shape[:3], self.capacity - stop, new.shape[4])]
+            memory = self._memory[layer] = torch.cat([*past, new, *room], dim=3)
+        else:
+            memory[:, :, :, self.length : stop] = new
         return memory[0, :, :, :stop], memory[1, :, :, :stop]
+
+    @staticmethod
+    def _writable(memory: Tensor, new: Tensor) -> bool:
+        """Whether new positions may be written in place: not where a gradient or inference mode forbids it."""
+        if new.requires_grad or memory.requires_grad:
+            return False
+        return torch.is_inference_mode_enabled() or not memory.is_inference()
 
 
 class Attention(nn.Module):
@@ -83,7 +95,7 @@ class Attention(nn.Module):
         subset = subset.unflatten(0, (num_sequences, seq_len))
         block = num_sequences
         if state.cache is None and hidden.device.type == "cpu" and not torch.is_grad_enabled():
-            block = max(1, BLOCK_TOKENS // seq_len)
+            block = max(1, BLOCK_TOKENS // max(1, seq_len))
         parts = zip(hidden.split(block), weights.split(block), subset.split(block), strict=True)
         updates = [self._update(state, *part, rotation, backend) for part in parts]
         return updates[0] if len(updates) == 1 else torch.cat(updates)

@@ -123,6 +123,7 @@ def best_units(scores: Tensor, count: int | Tensor) -> Tensor:
         return ranks < count.unsqueeze(1)
     if count <= 0 or count >= scores.shape[1]:
         return torch.full_like(scores, count > 0, dtype=torch.bool)
+    scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # a broken gate shall show
     last = scores.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
     above, level = scores > last, scores == last  # a sort of whole rows would cost ten times more
     missing = count - above.sum(1, keepdim=True, dtype=torch.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ class EpisodeGraph(Generic[Outcome]):
 
     Batches are drawn outside the graph and copied into the tensors that it reads. It is recorded anew when shapes
     change, and when the environment has begun another episode meanwhile, as its state would no longer be the recorded
-    one. The outcome is the same tensors every time: it holds until the next episode.
+    one. The outcome is the same tensors every time: it holds until the next episode. Weights must stay where they are.
 
     Args:
         env: `RoutingVecEnv`.
@@ -34,15 +35,17 @@ class EpisodeGraph(Generic[Outcome]):
         record: Callable[[Callable[[], Outcome]], tuple[Replay, Outcome]] | None = None,
     ) -> None:
         self.env, self.play = env, play
-        self._record = record or record_cuda
+        self._record = record or partial(record_cuda, device=env.mdp.device)
         self._batch: Any = None
 
     def __call__(self) -> Outcome:
         """Draw a batch and run its episode."""
         drawn = self.env.draw_batch()
         if self._batch is None or self.env.mdp.batch is not self._batch or not _alike(drawn, self._batch):
-            self._batch = replace(drawn, **{name: tensor.clone() for name, tensor in vars(drawn).items()})
-            self._replay, self._outcome = self._record(lambda: self.play(self._batch))
+            batch = replace(drawn, **{name: tensor.clone() for name, tensor in vars(drawn).items()})
+            self._batch = None  # until the recording has succeeded
+            self._replay, self._outcome = self._record(lambda: self.play(batch))
+            self._batch = batch
         for name, tensor in vars(self._batch).items():
             tensor.copy_(getattr(drawn, name))
         self._replay()
@@ -54,26 +57,27 @@ def _alike(one: Any, other: Any) -> bool:
     return all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)
 
 
-def record_cuda(run: Callable[[], Outcome]) -> tuple[Replay, Outcome]:
-    """Capture a run as a CUDA graph; random numbers go on from where they were, as if it had never run.
+def record_cuda(run: Callable[[], Outcome], device: torch.device) -> tuple[Replay, Outcome]:
+    """Capture a run on `device` as a CUDA graph; random numbers go on from where they were, as if it had never run.
 
     Raises:
         RuntimeError: If the run cannot be captured, for example because it reads from the device.
     """
-    state, stream = torch.cuda.get_rng_state(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.set_rng_state(state)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            outcome = run()
-    except RuntimeError as error:
-        raise RuntimeError(
-            "episode must be capturable as a CUDA graph, which a read from the device prevents; cuda_graph=False "
-            f"runs it without: {error}"
-        ) from error
+    with torch.cuda.device(device):
+        state, stream = torch.cuda.get_rng_state(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                run()
+                torch.cuda.synchronize()  # what a run leaves to the next, such as counts of rows, has arrived
+        torch.cuda.set_rng_state(state)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                outcome = run()
+        except RuntimeError as error:
+            raise RuntimeError(
+                "episode must be capturable as a CUDA graph, which a read from the device prevents; cuda_graph=False "
+                f"runs it without: {error}"
+            ) from error
     return graph.replay, outcome

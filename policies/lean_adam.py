@@ -50,7 +50,7 @@ class LeanAdam:
         self._adam(gradient.mul_((self.max_norm / (norm + 1e-6)).clamp_(max=1.0)), self._moments)
 
     def _is_plain(self) -> bool:
-        """Whether the optimiser is Adam without options for these weights, and has its state."""
+        """Whether the optimiser is Adam without options for these weights, and has taken equally many steps for all."""
         groups, state = self.optimizer.param_groups, self.optimizer.state
         return (
             type(self.optimizer) is torch.optim.Adam
@@ -58,6 +58,7 @@ class LeanAdam:
             and not any(groups[0][name] for name in OPTIONS)
             and all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in self.weights)
             and all(weight in state for weight in self.weights)
+            and len({float(state[weight]["step"]) for weight in self.weights}) == 1
         )
 
     @torch.no_grad()

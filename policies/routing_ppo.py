@@ -144,7 +144,7 @@ class RoutingPPO(TensorPPO):
             observation = self.env.reset()  # type: ignore[union-attr]  # or `learn` would, and seed it
             self._last_obs, self._ended = torch.as_tensor(observation, device=self.device), True  # type: ignore[assignment]
             self.env.generator.bit_generator.state = states["env"]  # type: ignore[union-attr]
-        if states["windows"] is not None:
+        if states.get("windows") is not None:
             self._source.left = np.array(states["windows"], dtype=np.int64)
 
     def collect_rollouts(

@@ -41,8 +41,9 @@ FIGURES = ("approx_kl", "clip_fraction", "policy_gradient_loss", "value_loss", "
 class TensorPPO(PPO):
     """PPO (arXiv:1707.06347) as SB3 has it, for environments with a tensor face (`TensorEnv`).
 
-    Weights and logged scalars equal stock `PPO` to the bit on the CPU, but for the value of a truncated episode's
-    end: it comes from one call for all lanes instead of one a lane, and a product of many rows may round otherwise.
+    Weights and logged scalars of one `learn` equal stock `PPO` to the bit on the CPU, but for the value of a truncated
+    episode's end: it comes from one call for all lanes instead of one a lane, and a product of many rows may round
+    otherwise.
     `infos` of callbacks is lazy; `rewards`, `dones` and the like are tensors. An environment without the face, wrapped,
     or with other than `Box` observations takes SB3's own way, and so does state-dependent exploration.
     """

@@ -51,8 +51,13 @@ class TensorEnv(Protocol):
 
 
 def has_tensor_face(env: VecEnv | None) -> bool:
-    """Whether the environment itself, not one that a wrapper hides, speaks tensors."""
-    return hasattr(type(env), "step_tensor") and hasattr(type(env), "reset_tensor")
+    """Whether the environment itself speaks tensors: not one inside a wrapper, or that a subclass changes in numpy."""
+    kinds = type(env).__mro__
+    tensor, reset, stock = (
+        next((place for place, kind in enumerate(kinds) if name in vars(kind)), None)
+        for name in ("step_tensor", "reset_tensor", "step_wait")
+    )
+    return tensor is not None and reset is not None and (stock is None or tensor <= stock)
 
 
 def either(one: Flag, other: Flag) -> Flag:

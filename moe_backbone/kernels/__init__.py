@@ -1,9 +1,9 @@
 """One public op per job; `reference` is the definition, the other backends must equal it.
 
 `reference` computes in plain PyTorch and has gradients, `compact` skips on a CPU what was not chosen, `triton` does on
-CUDA. `auto` takes `triton` for CUDA tensors where Triton is installed, and otherwise `compact`, or `reference` where a
-gradient is wanted; it says in the log what it took. On a CPU it computes heads that were not chosen where that takes
-less time than to skip them; `compact` itself never does.
+CUDA. `auto` takes `triton` for CUDA tensors of types and sizes that it has, where Triton is installed, and otherwise
+`compact`, or `reference` where a gradient is wanted; it says in the log what it took. On a CPU it computes heads that
+were not chosen where that takes less time than to skip them; `compact` itself never does.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from moe_backbone.kernels import compact, reference
 from moe_backbone.kernels.layouts import linear
 from moe_backbone.kernels.reference import rotate
 from moe_backbone.kernels.rows import count_rows
+from moe_backbone.kernels.tiles import DTYPES, MAX_HEAD_SIZE, MAX_HEADS
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def head_attention(
 def _implementation(op: str, backend: Backend, tensors: tuple[Tensor, ...]) -> Callable[..., Tensor]:
     wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if backend == "auto":
-        backend = _choose(op, tensors[0].device.type, wants_gradient)
+        backend = _choose(op, tensors[0].device.type, wants_gradient, _suits_triton(op, tensors))
         if (op, backend) == ("head_attention", "compact"):
             return compact.cheapest_head_attention
     if backend == "triton":
@@ -78,11 +79,21 @@ def _implementation(op: str, backend: Backend, tensors: tuple[Tensor, ...]) -> C
     return getattr(reference if backend == "reference" else compact, op)
 
 
+def _suits_triton(op: str, tensors: tuple[Tensor, ...]) -> bool:
+    """Whether dtypes and sizes are such as the GPU kernels take."""
+    if len({tensor.dtype for tensor in tensors}) > 1 or tensors[0].dtype not in DTYPES:
+        return False
+    if op == "expert_mlp":
+        return True
+    num_heads, _, head_size = tensors[2].shape
+    return num_heads <= MAX_HEADS and head_size <= MAX_HEAD_SIZE and head_size % 2 == 0
+
+
 @cache
-def _choose(op: str, device: str, wants_gradient: bool) -> Backend:
+def _choose(op: str, device: str, wants_gradient: bool, suits_triton: bool) -> Backend:
     """What `auto` means; cached, so each choice is logged once."""
     choice: Backend = "reference" if wants_gradient else "compact"
-    if device == "cuda" and _has_triton():
+    if device == "cuda" and suits_triton and _has_triton():
         choice = "triton"
     logger.info("%s on %s%s: %s kernels", op, device, " with gradients" if wants_gradient else "", choice)
     return choice

@@ -195,7 +195,9 @@ def _mix(query: Tensor, positions: Tensor, counts: list[int], num_queries: int, 
 
 def _mix_one_query(query: Tensor, rows: _Rows, keys: Tensor, values: Tensor) -> Tensor:
     """The same where each sequence has one query, which attends to every key: chosen caches side by side."""
-    units = torch.arange(keys.shape[1], device=keys.device).repeat_interleave(torch.tensor(rows.counts))
+    units = torch.arange(keys.shape[1], device=keys.device).repeat_interleave(
+        torch.tensor(rows.counts, device=keys.device)
+    )
     chosen = rows.tokens * keys.shape[1] + units
     own_keys, own_values = (cache.flatten(0, 1).index_select(0, chosen).unsqueeze(1) for cache in (keys, values))
     return F.scaled_dot_product_attention(query[:, None, None], own_keys, own_values)[:, 0, 0]

@@ -12,6 +12,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 SMALLEST_PACKED = 500_000
 """Multiply-adds of one product below which calling the library costs more than its layout saves."""
+SAMPLE = 16
+"""Numbers of a weight that are compared at each use."""
 
 
 def common_length(num_rows: int) -> int:
@@ -37,7 +39,7 @@ class Weight(NamedTuple):
     def __call__(self, rows: Tensor) -> Tensor:
         """Rows (num_rows, inputs) times the matrix: (num_rows, outputs)."""
         num_rows = rows.shape[0]
-        if self.packed is None or rows.requires_grad or num_rows * self.plain.numel() < SMALLEST_PACKED:
+        if self.packed is None or torch.is_grad_enabled() or num_rows * self.plain.numel() < SMALLEST_PACKED:
             return rows @ self.plain
         if num_rows != common_length(num_rows):
             rows = F.pad(rows, (0, 0, 0, common_length(num_rows) - num_rows))
@@ -45,8 +47,8 @@ class Weight(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    version: int
-    place: int
+    state: tuple[int, int]
+    sample: Tensor
     weights: list[Weight]
 
 
@@ -57,8 +59,9 @@ _HAS_LAYOUTS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn
 def products(weight: Tensor) -> list[Weight]:
     """One `Weight` for each matrix of `weight` (num_units, inputs, outputs), packed where that pays.
 
-    A packed copy lives as long as `weight` itself (not a view of it) and is made again when `weight` was changed in
-    place. Weights that require gradients change too often and are never packed.
+    A packed copy lives as long as `weight` itself (not a view of it) and is made again when `weight` has changed, which
+    its version, its place in memory or a sample of its numbers tells: fused optimisers and edits of `.data` leave no
+    other trace. It is used where no gradient is wanted (`torch.no_grad`), and weights that learn have none.
 
     Example: `products(down)[3](rows)` is `rows @ down[3]`.
     """
@@ -95,14 +98,16 @@ def linear(hidden: Tensor, weight: Tensor, *, outputs_first: bool = True) -> Ten
 
 def _laid_out(weight: Tensor, form: str, matrices: Callable[[Tensor], Sequence[Tensor]]) -> list[Weight]:
     if weight.requires_grad or not _can_pack(weight):
+        _layouts.pop(weight, None)
         return [Weight(matrix, None) for matrix in matrices(weight)]
-    forms = _layouts.get(weight)
-    layout = None if forms is None else forms.get(form)
-    if layout is None or (layout.version, layout.place) != (weight._version, weight.data_ptr()):
+    state = (0 if weight.is_inference() else weight._version, weight.data_ptr())
+    sample = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLE)]
+    forms = _layouts.setdefault(weight, {})
+    layout = forms.get(form)
+    if layout is None or layout.state != state or not torch.equal(layout.sample, sample):
         # detached: a view of the weight itself would keep it alive
         packed = [Weight(matrix, _pack(matrix)) for matrix in matrices(weight.detach())]
-        layout = _Layout(weight._version, weight.data_ptr(), packed)
-        _layouts.setdefault(weight, {})[form] = layout
+        layout = forms[form] = _Layout(state, sample.clone(), packed)
     return layout.weights
 
 

@@ -8,6 +8,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HEADS = 64
+MAX_HEAD_SIZE = 128
+"""What the GPU kernels take."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TileShape:

@@ -9,12 +9,11 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from moe_backbone.kernels.rows import record_rows
-from moe_backbone.kernels.tiles import RowsHint, choose_block_rows, tile_heights
+from moe_backbone.kernels.tiles import DTYPES, RowsHint, choose_block_rows, tile_heights
 from moe_backbone.kernels.triton_experts_backward import backward
 from moe_backbone.kernels.triton_experts_forward import forward
 from moe_backbone.kernels.triton_plan import INTERPRETED, plan_routing
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_CAPACITY = 2**31 - 1  # rows are numbered in int32
 
 

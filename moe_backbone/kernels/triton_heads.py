@@ -6,15 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_backbone.checks import require
 from moe_backbone.kernels import reference
 from moe_backbone.kernels.rows import record_rows, uncounted
+from moe_backbone.kernels.tiles import MAX_HEAD_SIZE, MAX_HEADS
 from moe_backbone.kernels.triton_heads_forward import forward
 from moe_backbone.kernels.triton_plan import INTERPRETED
-
-MAX_HEADS = 64
-MAX_HEAD_SIZE = 128
 
 
 def head_attention(
@@ -111,6 +110,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Ten
     ctx.save_for_backward(*inputs)
 
 
+@once_differentiable
 def _recompute(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:
     """Gradients of the reference, from the inputs alone."""
     wanted = ctx.needs_input_grad

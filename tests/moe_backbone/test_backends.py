@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,6 +16,13 @@ from moe_backbone.attention import KeyValueCache
 from moe_backbone.kernels import layouts
 
 ROWS, INPUTS, OUTPUTS = 32, 128, 192  # large enough to be packed
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    """Layouts are for inference; a test that wants gradients says so."""
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture
@@ -41,7 +49,8 @@ def test_auto_says_once_what_it_took(caplog: pytest.LogCaptureFixture) -> None:
         for _ in range(3):
             ops.expert_mlp(*arguments)
         arguments[0].requires_grad_()
-        ops.expert_mlp(*arguments).sum().backward()
+        with torch.enable_grad():
+            ops.expert_mlp(*arguments).sum().backward()
     assert caplog.messages == [
         "expert_mlp on cpu: compact kernels",
         "expert_mlp on cpu with gradients: reference kernels",
@@ -57,7 +66,8 @@ def test_unknown_backend_is_refused() -> None:
 def test_compact_refuses_gradients() -> None:
     """It has none, and says which backends do."""
     arguments = _expert_arguments()
-    with pytest.raises(ValueError, match="backend must be 'reference' or 'triton' where a gradient is wanted"):
+    refusal = pytest.raises(ValueError, match="backend must be 'reference' or 'triton' where a gradient is wanted")
+    with refusal, torch.enable_grad():
         ops.expert_mlp(arguments[0].requires_grad_(), *arguments[1:], backend="compact")
 
 
@@ -84,6 +94,38 @@ def test_a_changed_weight_is_laid_out_again(weight: Tensor, rows: Tensor, part: 
     torch.testing.assert_close(layouts.products(weight)[1](rows), rows @ weight[1], rtol=1e-4, atol=1e-4)
 
 
+def test_a_weight_changed_behind_its_version_is_laid_out_again(weight: Tensor, rows: Tensor) -> None:
+    """Averaging of weights edits `.data`, and a fused optimiser's steps leave no version either."""
+    layouts.products(weight)
+    weight.data.mul_(0.5)
+    torch.testing.assert_close(layouts.products(weight)[1](rows), rows @ weight[1], rtol=1e-4, atol=1e-4)
+    parameter = torch.nn.Parameter(weight)
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+    for learns in (False, True, False):
+        parameter.requires_grad_(learns)
+        expected = rows @ parameter[1]
+        torch.testing.assert_close(layouts.products(parameter)[1](rows), expected, rtol=1e-4, atol=1e-4)
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+
+def test_weights_made_in_inference_mode_work(rows: Tensor) -> None:
+    """They have no version."""
+    with torch.inference_mode():
+        weight = torch.randn(1, INPUTS, OUTPUTS)
+        torch.testing.assert_close(layouts.products(weight)[0](rows), rows @ weight[0], rtol=1e-4, atol=1e-4)
+        weight.zero_()
+        assert layouts.products(weight)[0](rows).eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "length"), [(0, 0), (1, 1), (16, 16), (17, 18), (100, 104), (1000, 1024), (1025, 1152)]
+)
+def test_numbers_of_rows_are_few(rows: int, length: int) -> None:
+    """The docstring's examples: never below, at most an eighth above."""
+    assert layouts.common_length(rows) == length
+
+
 def test_a_layout_is_made_once(weight: Tensor) -> None:
     """Laid out at the first use only."""
     before = len(layouts._layouts)
@@ -106,7 +148,8 @@ def test_gradients_flow_through_a_frozen_linear(rows: Tensor) -> None:
     """The library's product has no gradient, so it is not taken where one is wanted."""
     matrix = torch.randn(OUTPUTS, INPUTS)
     rows.requires_grad_()
-    layouts.linear(rows, matrix).sum().backward()
+    with torch.enable_grad():
+        layouts.linear(rows, matrix).sum().backward()
     assert rows.grad is not None
     torch.testing.assert_close(rows.grad, matrix.sum(0).expand_as(rows), rtol=1e-4, atol=1e-4)
 
@@ -128,9 +171,42 @@ def test_cache_returns_what_was_written() -> None:
     torch.testing.assert_close(values, -keys)
 
 
+def test_cache_refuses_other_sequences() -> None:
+    """One sequence would be broadcast over the others' past."""
+    cache = KeyValueCache(num_layers=1, capacity=5)
+    cache.extend(0, torch.randn(3, 2, 1, 4), torch.randn(3, 2, 1, 4))
+    with pytest.raises(ValueError, match="cache must get the same 3 sequences again, got 1"):
+        cache.extend(0, torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad], ids=["inference mode", "gradients"])
+def test_a_prompt_in_another_mode_can_be_decoded(
+    tiny_backbone: MoETransformer, tiny_tokens: Tensor, mode: type[torch.enable_grad]
+) -> None:
+    """A cache filled in inference mode or under gradients goes on without them."""
+    expected, _ = tiny_backbone.run(tiny_tokens[:, :6], NativeRouter())
+    cache = tiny_backbone.new_cache()
+    with mode():
+        tiny_backbone.requires_grad_(mode is torch.enable_grad).run(tiny_tokens[:, :4], NativeRouter(), cache=cache)
+    steps = [tiny_backbone.run(tiny_tokens[:, [i]], NativeRouter(), cache=cache)[0] for i in (4, 5)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected[:, 4:], rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_beyond_the_gpu_kernels_are_known() -> None:
+    """`auto` must not take kernels that would refuse."""
+    half, single = torch.zeros(1, 1, 256).half(), torch.zeros(1, 1, 256)
+    heads = torch.zeros(2, 256, 128)
+    assert ops._suits_triton("head_attention", (single, single, heads))
+    assert not ops._suits_triton("head_attention", (single, single, torch.zeros(2, 512, 256)))
+    assert not ops._suits_triton("head_attention", (single, single, torch.zeros(65, 256, 2)))
+    assert not ops._suits_triton("expert_mlp", (half, single))
+    assert not ops._suits_triton("expert_mlp", (single.double(), single.double()))
+
+
 def test_a_backbone_that_learns_and_a_frozen_one_agree(tiny_backbone: MoETransformer, tiny_tokens: Tensor) -> None:
     """Reference kernels with gradients and compact kernels without give the same logits."""
     frozen, _ = tiny_backbone.run(tiny_tokens, NativeRouter())
-    learning, _ = tiny_backbone.requires_grad_().run(tiny_tokens, NativeRouter())
+    with torch.enable_grad():
+        learning, _ = tiny_backbone.requires_grad_().run(tiny_tokens, NativeRouter())
     assert learning.requires_grad
     torch.testing.assert_close(frozen, learning.detach(), rtol=1e-4, atol=1e-5)

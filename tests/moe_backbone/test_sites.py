@@ -18,6 +18,12 @@ def test_best_units_of_equal_scores_are_the_first() -> None:
     assert best_units(torch.zeros(1, 4), 2).tolist() == [[True, True, False, False]]
 
 
+def test_best_units_takes_broken_scores_first() -> None:
+    """A gate that gives NaN shows in the output instead of switching its token off."""
+    scores = torch.tensor([[0.1, torch.nan, 0.2], [torch.nan, torch.nan, torch.nan]])
+    assert best_units(scores, 2).tolist() == [[False, True, True], [True, True, False]]
+
+
 def test_best_units_takes_a_count_for_each_row() -> None:
     """Rows may ask for none, some and all of their units."""
     scores = torch.tensor([[0.1, 0.7, 0.2]] * 3)

@@ -244,4 +244,4 @@ def test_a_cuda_graph_draws_the_random_numbers_of_eager_runs() -> None:
 def test_a_run_that_reads_the_device_cannot_be_recorded() -> None:
     """The message says what to do; nothing runs eagerly in silence."""
     with pytest.raises(RuntimeError, match="cuda_graph=False"):
-        record_cuda(lambda: torch.zeros(1, device="cuda").item())
+        record_cuda(lambda: torch.zeros(1, device="cuda").item(), torch.device("cuda"))

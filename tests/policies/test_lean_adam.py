@@ -80,3 +80,16 @@ def test_a_weight_without_gradient_stays() -> None:
     model[0](torch.ones(1, 5)).sum().backward()
     lean.step()
     assert torch.equal(model[2].weight, before)
+
+
+def test_weights_with_different_numbers_of_steps_are_left_to_torch() -> None:
+    """A part that was frozen for a while has its own bias correction."""
+    own = _model()
+    lean = copy.deepcopy(own)
+    for model, steps in ((own, _own_steps), (lean, _lean_steps)):
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        model[0].requires_grad_(False)
+        steps(model, optimizer, range(4))
+        model[0].requires_grad_(True)
+        steps(model, optimizer, range(4, 8))
+    assert _same(own, lean)
