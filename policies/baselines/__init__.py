@@ -1,7 +1,9 @@
 """Routers without reinforcement learning: what a learned router is compared with."""
 
-from policies.baselines.fixed import Threshold, TopK, TopP
+from policies.baselines.clusters import Clustering, ClusterRouter, fit_clustering
+from policies.baselines.fixed import EntropyThreshold, SecondRatio, Threshold, TopK, TopP
 from policies.baselines.greedy import GreedyConfig, GreedyPoint, GreedySearch
+from policies.baselines.hashing import HashRouter, TokenTable, balanced_table
 from policies.baselines.pruning import HeadPruning, head_importance, prune_heads
 from policies.baselines.randomized import RandomHeads, RandomK, RandomSubset
 from policies.baselines.site_rules import ExpertRule, HeadRule, PerSiteRules
@@ -9,20 +11,28 @@ from policies.baselines.sweep import FIXED_NAMES, FixedPoint, fixed_routers
 
 __all__ = [
     "FIXED_NAMES",
+    "ClusterRouter",
+    "Clustering",
+    "EntropyThreshold",
     "ExpertRule",
     "FixedPoint",
     "GreedyConfig",
     "GreedyPoint",
     "GreedySearch",
+    "HashRouter",
     "HeadPruning",
     "HeadRule",
     "PerSiteRules",
     "RandomHeads",
     "RandomK",
     "RandomSubset",
+    "SecondRatio",
     "Threshold",
+    "TokenTable",
     "TopK",
     "TopP",
+    "balanced_table",
+    "fit_clustering",
     "fixed_routers",
     "head_importance",
     "prune_heads",

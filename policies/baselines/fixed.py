@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +88,60 @@ class TopP:
         ordered, order = view.scores.exp().sort(dim=1, descending=True)
         reached_before = ordered.cumsum(1) - ordered
         return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, reached_before < self.mass)
+
+
+@dataclass(frozen=True)
+class SecondRatio:
+    """Native experts, but those whose gate probability is below a share of the best one's.
+
+    Source: dynamic expert skipping, arXiv:2402.14800.
+
+    Raises:
+        ValueError: If `ratio` lies outside [0, 1].
+    """
+
+    ratio: float
+    """Least gate probability as a fraction of the best expert's."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.ratio <= 1, f"ratio must lie in [0, 1], got {self.ratio}")
+
+    def select(self, view: SiteView) -> Tensor:
+        """Choose the units that run: bool (num_tokens, num_units).
+
+        Example: probabilities (.5, .3, .2), native top-2 and ratio .7 give the first expert; ratio .5 the first two.
+        """
+        native = NativeRouter().select(view)
+        if view.site.kind != "experts":
+            return native
+        return native & (view.scores.exp() >= self.ratio * view.scores.exp().amax(1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class EntropyThreshold:
+    """Native experts where the gate is undecided, the best one where it is sure.
+
+    Raises:
+        ValueError: If `limit` lies outside [0, 1].
+    """
+
+    limit: float
+    """Entropy of the gate above which all native experts run, as a fraction of the entropy of an even gate."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.limit <= 1, f"limit must lie in [0, 1], got {self.limit}")
+
+    def select(self, view: SiteView) -> Tensor:
+        """Choose the units that run: bool (num_tokens, num_units).
+
+        Example: two experts, native top-2, limit .5: probabilities (.5, .5) with entropy 1 give both, (.99, .01) with
+        .08 the first.
+        """
+        native = NativeRouter().select(view)
+        if view.site.kind != "experts" or view.site.num_units == 1:
+            return native
+        entropy = torch.special.entr(view.scores.exp()).sum(1, keepdim=True) / math.log(view.site.num_units)
+        return native & ((entropy > self.limit) | best_units(view.scores, 1))
 
 
 def require_count(k: int, view: SiteView) -> None:

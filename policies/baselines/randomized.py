@@ -67,7 +67,7 @@ class RandomSubset:
 
 @dataclass(frozen=True)
 class RandomHeads:
-    """A random share of the heads, the same for all tokens of a sequence; experts native.
+    """A random share of the heads, the same for all tokens of a sequence or each token its own; experts native.
 
     Sequences are the rows of `view.tokens`: when a model decodes, every call draws anew.
 
@@ -79,6 +79,8 @@ class RandomHeads:
     """Fraction of a site's heads that run, rounded to whole heads."""
     seed: int = 0
     """Seed of the draws."""
+    per_token: bool = False
+    """Whether each token draws its own heads."""
 
     def __post_init__(self) -> None:
         require(0 <= self.share <= 1, f"share must lie in [0, 1], got {self.share}")
@@ -90,6 +92,8 @@ class RandomHeads:
             return NativeRouter().select(view)
         num_sequences, seq_len = view.tokens.shape
         count = round(self.share * view.site.num_units)
+        if self.per_token:
+            return best_units(_uniform(self.seed, view, len(view.scores)), count)
         return best_units(_uniform(self.seed, view, num_sequences), count).repeat_interleave(seq_len, dim=0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,13 +11,19 @@ from typing import Any
 from torch import Tensor
 
 from moe_backbone.sites import Backbone, NativeRouter, Router
-from policies.baselines.fixed import Threshold, TopK, TopP
+from policies.baselines.clusters import ClusterKind, ClusterRouter, fit_clustering
+from policies.baselines.fixed import EntropyThreshold, SecondRatio, Threshold, TopK, TopP
 from policies.baselines.greedy import GreedyPoint
+from policies.baselines.hashing import HashRouter, balanced_table
 from policies.baselines.pruning import HeadPruning, head_importance, prune_heads
 from policies.baselines.randomized import RandomHeads, RandomK, RandomSubset
 
+logger = logging.getLogger(__name__)
+
 FIXED_NAMES = (
-    *("top-k", "random-k", "random-subset", "threshold", "top-p", "random-heads"),
+    *("top-k", "random-k", "random-subset", "threshold", "top-p", "second-ratio", "entropy", "hash", "token-table"),
+    *("kmeans", "gaussian"),
+    *("random-heads", "random-heads-each"),
     *("top-k+pruning", "random-k+pruning", "threshold+pruning", "top-p+pruning", "greedy"),
 )
 """Families of fixed routers, native aside."""
@@ -24,6 +32,11 @@ HEAD_SHARES = (0.25, 0.5, 0.75)
 THRESHOLDS = ((0.1, False), (0.2, False), (0.3, True), (0.4, True), (0.5, False), (0.7, False))
 """Gate probability, and whether every token uses at least one expert."""
 MASSES = (0.3, 0.5, 0.6, 0.75, 0.9)
+RATIOS = (0.1, 0.25, 0.5, 0.75)
+"""Gate probability as a fraction of the best expert's."""
+ENTROPIES = (0.3, 0.5, 0.7, 0.85)
+"""Fractions of the entropy of an even gate."""
+NUM_CLUSTERS = 16
 KEPT_HEAD_SHARES = (0.75, 0.5, 0.25)
 PRUNED_THRESHOLDS = ((0.2, False), (0.3, True), (0.4, True), (0.5, False))
 PRUNED_MASSES = (0.3, 0.5, 0.75)
@@ -55,8 +68,11 @@ def fixed_routers(
         greedy: Steps of `GreedySearch.run`; native, its first, may be among them.
     """
     points = [FixedPoint("native", {}, NativeRouter()), *_unpruned(backbone, seed)]
+    points += [*_by_token_id(backbone, tokens, seed), *_by_cluster(backbone, tokens, seed)]
     if any(site.kind == "heads" for site in backbone.sites):
-        points += [_point("random-heads", RandomHeads(share=share, seed=seed)) for share in HEAD_SHARES]
+        for name, per_token in (("random-heads", False), ("random-heads-each", True)):
+            routers = [RandomHeads(share=share, seed=seed, per_token=per_token) for share in HEAD_SHARES]
+            points += [_point(name, router) for router in routers]
         points += _pruned(backbone, tokens, targets, seed)
     for step, point in enumerate(greedy):
         setting = {"step": step, "training_compute": point.compute, "training_loss": point.loss}
@@ -65,14 +81,40 @@ def fixed_routers(
 
 
 def _unpruned(backbone: Backbone, seed: int) -> Iterator[FixedPoint]:
-    """Families that need no text."""
+    """Families that need no text; top-k up to all experts, which is soft routing."""
     experts = [site for site in backbone.sites if site.kind == "experts"]
     counts = range(min(min(site.num_units, site.native_units + 1) for site in experts) + 1)
-    yield from (_point("top-k", TopK(k=k)) for k in counts)
+    fewest, native = min(site.num_units for site in experts), min(site.native_units for site in experts)
+    yield from (_point("top-k", TopK(k=k)) for k in sorted({*counts, min(2 * native, fewest), fewest}))
     yield from (_point("random-k", RandomK(k=k, seed=seed)) for k in counts)
     yield from (_point("random-subset", RandomSubset(rate=rate, seed=seed)) for rate in SUBSET_RATES)
     yield from (_threshold("threshold", *threshold) for threshold in THRESHOLDS)
     yield from (_point("top-p", TopP(mass=mass)) for mass in MASSES)
+    yield from (_point("second-ratio", SecondRatio(ratio=ratio)) for ratio in RATIOS)
+    yield from (_point("entropy", EntropyThreshold(limit=limit)) for limit in ENTROPIES)
+
+
+def _by_token_id(backbone: Backbone, tokens: Tensor, seed: int) -> Iterator[FixedPoint]:
+    """Families that look at the token's id only; the table needs expert sites of one size."""
+    experts = [site for site in backbone.sites if site.kind == "experts"]
+    counts = range(1, min(site.native_units for site in experts) + 1)
+    yield from (_point("hash", HashRouter(k=k, seed=seed)) for k in counts)
+    if len({site.num_units for site in experts}) == 1:
+        for k in counts:
+            yield FixedPoint("token-table", {"k": k}, balanced_table(tokens, experts[0].num_units, k))
+
+
+def _by_cluster(backbone: Backbone, tokens: Tensor, seed: int) -> Iterator[FixedPoint]:
+    """Families that look at the cluster of the token's features only; left out aloud without scikit-learn."""
+    kinds: tuple[ClusterKind, ...] = ("kmeans", "gaussian")
+    if importlib.util.find_spec("sklearn") is None:
+        logger.warning("routers %s left out, they need: pip install -e '.[cluster]'", " and ".join(kinds))
+        return
+    native = min(site.native_units for site in backbone.sites if site.kind == "experts")
+    for kind in kinds:
+        clustering = fit_clustering(backbone, tokens, kind=kind, num_clusters=NUM_CLUSTERS, seed=seed)
+        for k in range(1, native + 1):
+            yield FixedPoint(kind, {"num_clusters": NUM_CLUSTERS, "k": k, "seed": seed}, ClusterRouter(clustering, k))
 
 
 def _pruned(backbone: Backbone, tokens: Tensor, targets: Tensor, seed: int) -> Iterator[FixedPoint]:
@@ -95,6 +137,6 @@ def _threshold(name: str, probability: float, at_least_one: bool) -> FixedPoint:
     return _point(name, Threshold(probability=probability, at_least_one=at_least_one))
 
 
-def _point(name: str, router: TopK | RandomK | RandomSubset | RandomHeads | Threshold | TopP) -> FixedPoint:
-    """The router's own fields are its setting."""
+def _point(name: str, router: Any) -> FixedPoint:
+    """The fields of the router, a dataclass, are its setting."""
     return FixedPoint(name, asdict(router), router)

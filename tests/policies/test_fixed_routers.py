@@ -1,5 +1,6 @@
 """Fixed routers follow their rule, draw reproducibly, and prune what matters least."""
 
+import importlib.util
 import json
 
 import pytest
@@ -14,15 +15,19 @@ from moe_backbone import (
     token_log_likelihood,
 )
 from policies.baselines import (
+    EntropyThreshold,
     GreedyConfig,
     GreedySearch,
+    HashRouter,
     HeadPruning,
     RandomHeads,
     RandomK,
     RandomSubset,
+    SecondRatio,
     Threshold,
     TopK,
     TopP,
+    balanced_table,
     fixed_routers,
     head_importance,
     prune_heads,
@@ -72,6 +77,12 @@ WORKED = {
     "mass-.45": (TopP(0.45), ["X...", "..XX"]),
     "mass-.72": (TopP(0.72), ["XX..", ".XXX"]),
     "mass-1": (TopP(1.0), ["XXXX", "XXXX"]),
+    "second-.4": (SecondRatio(0.4), ["XX..", "..XX"]),
+    "second-.6": (SecondRatio(0.6), ["X...", "..XX"]),
+    "second-.8": (SecondRatio(0.8), ["X...", "...X"]),
+    "sure-below-.9": (EntropyThreshold(0.9), ["X...", "..XX"]),
+    "sure-below-.8": (EntropyThreshold(0.8), ["XX..", "..XX"]),
+    "sure-below-1": (EntropyThreshold(1.0), ["X...", "...X"]),
 }
 
 
@@ -82,7 +93,17 @@ def test_expert_rules_worked_by_hand(router, expected):
 
 
 @pytest.mark.parametrize(
-    "router", [TopK(1), Threshold(0.9, False), TopP(0.1), RandomK(1, 0)], ids=lambda router: type(router).__name__
+    "router",
+    [
+        TopK(1),
+        Threshold(0.9, False),
+        TopP(0.1),
+        RandomK(1, 0),
+        SecondRatio(1.0),
+        EntropyThreshold(1.0),
+        HashRouter(1, 0),
+    ],
+    ids=lambda router: type(router).__name__,
 )
 def test_expert_rules_leave_heads_native(router):
     assert router.select(head_view(torch.zeros(1, 3, dtype=torch.int64))).all()
@@ -94,6 +115,45 @@ def test_random_heads_are_constant_within_a_sequence_and_differ_between():
     assert (subset == subset[:, :1]).all()
     assert (subset.sum(2) == 4).all()
     assert len({tuple(row) for row in subset[:, 0].tolist()}) > 1
+
+
+def test_random_heads_of_each_token_differ_within_a_sequence():
+    tokens = torch.arange(40).view(10, 4)
+    subset = RandomHeads(0.5, seed=3, per_token=True).select(head_view(tokens)).view(10, 4, 8)
+    assert (subset.sum(2) == 4).all()
+    assert not (subset == subset[:, :1]).all()
+
+
+def test_hash_gives_an_id_the_same_experts_wherever_it_stands():
+    tokens = torch.randint(500, (4, 1000))
+    scores = torch.rand(4000, 8).log_softmax(1)
+    subset = HashRouter(2, seed=0).select(make_view("experts", 1, scores, tokens))
+    assert (subset.sum(1) == 2).all()
+    for token in (0, 7, 499):
+        rows = subset[tokens.flatten() == token]
+        assert (rows == rows[0]).all()
+    ids = torch.arange(500).unsqueeze(0)
+    by_id = HashRouter(2, seed=0).select(make_view("experts", 1, scores[:500], ids))
+    assert ((by_id.float().mean(0) - 0.25).abs() < 0.06).all()
+    other_site = HashRouter(2, seed=0).select(make_view("experts", 3, scores[:500], ids))
+    other_seed = HashRouter(2, seed=1).select(make_view("experts", 1, scores[:500], ids))
+    for other in (other_site, other_seed):
+        assert abs((by_id & other).sum().item() / 1000 - 0.25) < 0.08  # as much in common as by chance
+
+
+def test_balanced_table_of_the_docstring():
+    table = balanced_table(torch.tensor([0, 0, 0, 1, 1, 2]), num_experts=2, k=1)
+    assert table.table.tolist() == [[True, False], [False, True], [False, True]]
+    view = make_view("experts", 1, torch.zeros(4, 2), torch.tensor([[2, 0, 1, 3]]))
+    assert table.select(view).tolist() == [[False, True], [True, False], [False, True], [True, False]]
+
+
+def test_balanced_table_loads_experts_evenly():
+    tokens = torch.multinomial(1 / torch.arange(1.0, 257), 20_000, replacement=True)
+    subset = balanced_table(tokens, num_experts=8, k=2).table[tokens]
+    load = subset.float().mean(0)
+    assert (subset.sum(1) == 2).all()
+    assert load.max() / load.mean() < 1.2
 
 
 def test_random_k_chooses_k_experts_and_each_about_equally_often():
@@ -131,6 +191,10 @@ BAD = {
     "large-k": (lambda: TopK(5).select(expert_view(SCORES)), r"k must lie in \[0, num_experts=4\], got 5"),
     "large-random-k": (lambda: RandomK(5, 0).select(expert_view(SCORES)), r"k must lie in \[0, num_experts=4\], got 5"),
     "probability": (lambda: Threshold(1.5, False), r"probability must lie in \[0, 1\], got 1.5"),
+    "ratio": (lambda: SecondRatio(1.1), r"ratio must lie in \[0, 1\], got 1.1"),
+    "limit": (lambda: EntropyThreshold(-1.0), r"limit must lie in \[0, 1\], got -1.0"),
+    "hash-k": (lambda: HashRouter(5, 0).select(expert_view(SCORES)), r"k must lie in \[0, num_experts=4\], got 5"),
+    "table-k": (lambda: balanced_table(torch.zeros(1).long(), 2, 3), r"k must lie in \[0, num_experts=2\], got 3"),
     "mass": (lambda: TopP(0.0), r"mass must lie in \(0, 1\], got 0.0"),
     "rate": (lambda: RandomSubset(-0.1, 0), r"rate must lie in \[0, 1\], got -0.1"),
     "share": (lambda: RandomHeads(2.0), r"share must lie in \[0, 1\], got 2.0"),
@@ -185,14 +249,25 @@ def test_pruned_heads_are_never_chosen_and_the_rest_is_the_routers_choice(backbo
     assert pruned[2].float().mean() > 0.5
 
 
+def test_without_scikit_learn_its_routers_are_left_out_aloud(backbone, text, monkeypatch, caplog):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name))
+    with caplog.at_level("WARNING"):
+        names = {point.name for point in fixed_routers(backbone, *text, seed=0)}
+    assert "hash" in names and not names & {"kmeans", "gaussian"}
+    assert "they need: pip install -e '.[cluster]'" in caplog.text
+
+
 def test_sweep_has_every_family_once_per_setting_and_all_routers_run(backbone, text):
+    pytest.importorskip("sklearn")
     greedy = GreedySearch(backbone, *text, GreedyConfig(stop_compute=0.9)).run(progress=False)
     points = fixed_routers(backbone, *text, seed=0, greedy=greedy)
     families = {"native", "top-k", "random-k", "random-subset", "random-heads", "threshold", "top-p", "greedy"}
+    families |= {"second-ratio", "entropy", "hash", "token-table", "random-heads-each", "kmeans", "gaussian"}
     families |= {"top-k+pruning", "random-k+pruning", "threshold+pruning", "top-p+pruning"}
     assert {point.name for point in points} == families
     rows = {json.dumps([point.name, point.setting], sort_keys=True) for point in points}
-    assert len(rows) == len(points) <= 60 + len(greedy)
+    assert len(rows) == len(points) <= 80 + len(greedy)
     assert [point.router for point in points if point.name == "greedy"] == [step.router for step in greedy]
     for point in points:
         logits, subsets = backbone.run(text[0], point.router)
