@@ -20,8 +20,8 @@ from moe_backbone.files import write_atomic
 LEARNED_COLOR = "#D55E00"
 COLORS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666")
 """Okabe and Ito's palette for colour blindness, without the learned router's colour."""
-MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d")
-LINES = ("-",) * len(COLORS) + ("--",) * len(COLORS)
+MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8", "H", "x", "+", "1", "2")
+LINES = tuple(line for line in ("-", "--", ":", "-.") for _ in COLORS)
 DEEPEST_LOSS = 0.5
 """Nats a token below native where the axis ends at the latest."""
 

@@ -25,6 +25,15 @@ def test_tradeoff_shows_every_router_on_both_panels(curves, make_point):
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"native", "learned", "random"}
 
 
+def test_no_two_of_many_routers_look_alike(make_point):
+    points = [make_point(0.5, -1.1, 0.7), make_point(0.6, -1.0, 0.75)]
+    curves = {f"router-{number}": points for number in range(30)}
+    lines = tradeoff_figure({"learned": [make_point(0.4, -1.2, 0.7)], **curves}, make_point(1.0)).axes[0].get_lines()
+    named = [line for line in lines if not line.get_label().startswith("_")]
+    looks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in named]
+    assert len(set(looks)) == len(looks)
+
+
 def test_axes_keep_to_the_learned_router_and_say_what_they_hide(curves, make_point):
     log_likelihood = tradeoff_figure(curves, make_point(1.0)).axes[1]
     assert -1.3 < log_likelihood.get_ylim()[0] < -1.2
