@@ -1,7 +1,7 @@
 """Routers without reinforcement learning: what a learned router is compared with."""
 
 from policies.baselines.clusters import Clustering, ClusterRouter, fit_clustering
-from policies.baselines.fixed import EntropyThreshold, SecondRatio, Threshold, TopK, TopP
+from policies.baselines.fixed import EntropyThreshold, SecondRatio, SequenceTopK, Threshold, TopK, TopP
 from policies.baselines.greedy import GreedyConfig, GreedyPoint, GreedySearch
 from policies.baselines.hashing import HashRouter, TokenTable, balanced_table
 from policies.baselines.pruning import HeadPruning, head_importance, prune_heads
@@ -27,6 +27,7 @@ __all__ = [
     "RandomK",
     "RandomSubset",
     "SecondRatio",
+    "SequenceTopK",
     "Threshold",
     "TokenTable",
     "TopK",

@@ -144,6 +144,41 @@ class EntropyThreshold:
         return native & ((entropy > self.limit) | best_units(view.scores, 1))
 
 
-def require_count(k: int, view: SiteView) -> None:
+@dataclass(frozen=True)
+class SequenceTopK:
+    """On average `k` experts a token, where the gate is surest of them in the whole sequence.
+
+    Not causal: what a token gets depends on later tokens, so a model that decodes cannot do this. It is in the table
+    as a bound. Sequences are the rows of `view.tokens`.
+
+    Source: arXiv:2511.06494.
+
+    Raises:
+        ValueError: If `k` is negative, or on `select` larger than the site.
+    """
+
+    k: float
+    """Experts of a token at every expert site, mean over its sequence."""
+    causal: bool = False
+    """For the record of the setting; never True."""
+
+    def __post_init__(self) -> None:
+        require(self.k >= 0, f"k must be at least 0, got {self.k}")
+
+    def select(self, view: SiteView) -> Tensor:
+        """Choose the units that run: bool (num_tokens, num_units).
+
+        Example: a sequence of two tokens with probabilities (.5, .3, .2) and (.9, .1, 0) at k 1 gives the first expert
+        of both; at k 1.5 the second expert of the first token too.
+        """
+        if view.site.kind != "experts":
+            return NativeRouter().select(view)
+        require_count(self.k, view)
+        num_sequences, seq_len = view.tokens.shape
+        by_sequence = view.scores.reshape(num_sequences, -1)
+        return best_units(by_sequence, round(self.k * seq_len)).view_as(view.scores)
+
+
+def require_count(k: float, view: SiteView) -> None:
     """Raise a ValueError if the site has fewer than `k` experts."""
     require(k <= view.site.num_units, f"k must lie in [0, num_experts={view.site.num_units}], got {k}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_backbone.sites import Backbone, NativeRouter, Router
 from policies.baselines.clusters import ClusterKind, ClusterRouter, fit_clustering
-from policies.baselines.fixed import EntropyThreshold, SecondRatio, Threshold, TopK, TopP
+from policies.baselines.fixed import EntropyThreshold, SecondRatio, SequenceTopK, Threshold, TopK, TopP
 from policies.baselines.greedy import GreedyPoint
 from policies.baselines.hashing import HashRouter, balanced_table
 from policies.baselines.pruning import HeadPruning, head_importance, prune_heads
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 FIXED_NAMES = (
     *("top-k", "random-k", "random-subset", "threshold", "top-p", "second-ratio", "entropy", "hash", "token-table"),
-    *("kmeans", "gaussian"),
+    *("kmeans", "gaussian", "sequence-top-k"),
     *("random-heads", "random-heads-each"),
     *("top-k+pruning", "random-k+pruning", "threshold+pruning", "top-p+pruning", "greedy"),
 )
@@ -36,6 +36,8 @@ RATIOS = (0.1, 0.25, 0.5, 0.75)
 """Gate probability as a fraction of the best expert's."""
 ENTROPIES = (0.3, 0.5, 0.7, 0.85)
 """Fractions of the entropy of an even gate."""
+SEQUENCE_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+"""Mean experts of a token as fractions of the native ones."""
 NUM_CLUSTERS = 16
 KEPT_HEAD_SHARES = (0.75, 0.5, 0.25)
 PRUNED_THRESHOLDS = ((0.2, False), (0.3, True), (0.4, True), (0.5, False))
@@ -92,6 +94,7 @@ def _unpruned(backbone: Backbone, seed: int) -> Iterator[FixedPoint]:
     yield from (_point("top-p", TopP(mass=mass)) for mass in MASSES)
     yield from (_point("second-ratio", SecondRatio(ratio=ratio)) for ratio in RATIOS)
     yield from (_point("entropy", EntropyThreshold(limit=limit)) for limit in ENTROPIES)
+    yield from (_point("sequence-top-k", SequenceTopK(k=share * native)) for share in SEQUENCE_SHARES)
 
 
 def _by_token_id(backbone: Backbone, tokens: Tensor, seed: int) -> Iterator[FixedPoint]:

@@ -24,6 +24,7 @@ from policies.baselines import (
     RandomK,
     RandomSubset,
     SecondRatio,
+    SequenceTopK,
     Threshold,
     TopK,
     TopP,
@@ -124,6 +125,20 @@ def test_random_heads_of_each_token_differ_within_a_sequence():
     assert not (subset == subset[:, :1]).all()
 
 
+@pytest.mark.parametrize(("k", "expected"), [(1, ["X..", "X.."]), (1.5, ["XX.", "X.."])], ids=["k 1", "k 1.5"])
+def test_sequence_top_k_of_the_docstring(k, expected):
+    scores = torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.1, 1e-9]]).log()
+    subset = SequenceTopK(k).select(make_view("experts", 1, scores, torch.zeros(1, 2, dtype=torch.int64)))
+    assert ["".join("X" if unit else "." for unit in row) for row in subset.tolist()] == expected
+
+
+def test_sequence_top_k_gives_every_sequence_its_own_budget():
+    scores = torch.rand(40, 8).log_softmax(1)
+    subset = SequenceTopK(1.5).select(make_view("experts", 1, scores, torch.zeros(4, 10, dtype=torch.int64)))
+    assert subset.view(4, -1).sum(1).tolist() == [15] * 4
+    assert len(set(subset.sum(1).tolist())) > 1
+
+
 def test_hash_gives_an_id_the_same_experts_wherever_it_stands():
     tokens = torch.randint(500, (4, 1000))
     scores = torch.rand(4000, 8).log_softmax(1)
@@ -191,6 +206,7 @@ BAD = {
     "large-k": (lambda: TopK(5).select(expert_view(SCORES)), r"k must lie in \[0, num_experts=4\], got 5"),
     "large-random-k": (lambda: RandomK(5, 0).select(expert_view(SCORES)), r"k must lie in \[0, num_experts=4\], got 5"),
     "probability": (lambda: Threshold(1.5, False), r"probability must lie in \[0, 1\], got 1.5"),
+    "sequence-k": (lambda: SequenceTopK(4.5).select(expert_view(SCORES)), r"num_experts=4\], got 4.5"),
     "ratio": (lambda: SecondRatio(1.1), r"ratio must lie in \[0, 1\], got 1.1"),
     "limit": (lambda: EntropyThreshold(-1.0), r"limit must lie in \[0, 1\], got -1.0"),
     "hash-k": (lambda: HashRouter(5, 0).select(expert_view(SCORES)), r"k must lie in \[0, num_experts=4\], got 5"),
@@ -263,11 +279,20 @@ def test_sweep_has_every_family_once_per_setting_and_all_routers_run(backbone, t
     greedy = GreedySearch(backbone, *text, GreedyConfig(stop_compute=0.9)).run(progress=False)
     points = fixed_routers(backbone, *text, seed=0, greedy=greedy)
     families = {"native", "top-k", "random-k", "random-subset", "random-heads", "threshold", "top-p", "greedy"}
-    families |= {"second-ratio", "entropy", "hash", "token-table", "random-heads-each", "kmeans", "gaussian"}
+    families |= {
+        "second-ratio",
+        "entropy",
+        "hash",
+        "token-table",
+        "random-heads-each",
+        "kmeans",
+        "gaussian",
+        "sequence-top-k",
+    }
     families |= {"top-k+pruning", "random-k+pruning", "threshold+pruning", "top-p+pruning"}
     assert {point.name for point in points} == families
     rows = {json.dumps([point.name, point.setting], sort_keys=True) for point in points}
-    assert len(rows) == len(points) <= 80 + len(greedy)
+    assert len(rows) == len(points) <= 90 + len(greedy)
     assert [point.router for point in points if point.name == "greedy"] == [step.router for step in greedy]
     for point in points:
         logits, subsets = backbone.run(text[0], point.router)
