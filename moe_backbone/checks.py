@@ -26,6 +26,17 @@ def require_at_least(config: object, least: int, *names: str) -> None:
         require(value >= least, f"{name} must be at least {least}, got {value}")
 
 
+def require_fraction(config: object, *names: str) -> None:
+    """Refuse settings outside [0, 1].
+
+    Raises:
+        ValueError: Names the first that is.
+    """
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value <= 1, f"{name} must lie in [0, 1], got {value}")
+
+
 def require_price(name: str, value: float) -> None:
     """Refuse a price whose logarithm an observation cannot hold.
 

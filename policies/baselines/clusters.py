@@ -14,6 +14,7 @@ from torch.nn.functional import one_hot
 
 from moe_backbone.checks import require
 from moe_backbone.sites import Backbone, NativeRouter, SiteView, best_units
+from policies.baselines.fixed import heads_native
 
 ClusterKind = Literal["kmeans", "gaussian"]
 
@@ -125,10 +126,9 @@ class ClusterRouter:
         """
         return {index: best_units(mass, self.k) for index, mass in self.clustering.masses.items()}
 
+    @heads_native
     def select(self, view: SiteView) -> Tensor:
         """Choose the units that run: bool (num_tokens, num_units)."""
-        if view.site.kind != "experts":
-            return NativeRouter().select(view)
         assignment = self.clustering.clusters[view.index].assign(view.features)
         return self.tables[view.index].to(assignment.device)[assignment]
 

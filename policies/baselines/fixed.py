@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_backbone.checks import require
+from moe_backbone.checks import require, require_at_least, require_fraction
 from moe_backbone.sites import NativeRouter, SiteView, best_units
+
+
+def heads_native(choose: Callable[[Any, SiteView], Tensor]) -> Callable[[Any, SiteView], Tensor]:
+    """Make the `select` of a router out of a rule for expert sites: heads are chosen as the backbone would."""
+
+    @wraps(choose)
+    def select(self: Any, view: SiteView) -> Tensor:
+        return choose(self, view) if view.site.kind == "experts" else NativeRouter().select(view)
+
+    return select
 
 
 @dataclass(frozen=True)
@@ -24,12 +37,11 @@ class TopK:
     """Experts a token uses at every expert site."""
 
     def __post_init__(self) -> None:
-        require(self.k >= 0, f"k must be at least 0, got {self.k}")
+        require_at_least(self, 0, "k")
 
+    @heads_native
     def select(self, view: SiteView) -> Tensor:
         """Choose the units that run: bool (num_tokens, num_units)."""
-        if view.site.kind != "experts":
-            return NativeRouter().select(view)
         require_count(self.k, view)
         return best_units(view.scores, self.k)
 
@@ -48,16 +60,15 @@ class Threshold:
     """Whether a token with no such expert uses its best one instead of none."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.probability <= 1, f"probability must lie in [0, 1], got {self.probability}")
+        require_fraction(self, "probability")
 
+    @heads_native
     def select(self, view: SiteView) -> Tensor:
         """Choose the units that run: bool (num_tokens, num_units).
 
         Example: probabilities (.5, .3, .2) and threshold .25 give the first two experts; threshold .6 gives none,
         or the first one with `at_least_one`.
         """
-        if view.site.kind != "experts":
-            return NativeRouter().select(view)
         chosen = view.scores.exp() > self.probability
         return chosen | best_units(view.scores, 1) if self.at_least_one else chosen
 
@@ -78,13 +89,12 @@ class TopP:
     def __post_init__(self) -> None:
         require(0 < self.mass <= 1, f"mass must lie in (0, 1], got {self.mass}")
 
+    @heads_native
     def select(self, view: SiteView) -> Tensor:
         """Choose the units that run: bool (num_tokens, num_units).
 
         Example: probabilities (.5, .3, .2) and mass .6 give the first two experts.
         """
-        if view.site.kind != "experts":
-            return NativeRouter().select(view)
         ordered, order = view.scores.exp().sort(dim=1, descending=True)
         reached_before = ordered.cumsum(1) - ordered
         return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, reached_before < self.mass)
@@ -104,16 +114,15 @@ class SecondRatio:
     """Least gate probability as a fraction of the best expert's."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.ratio <= 1, f"ratio must lie in [0, 1], got {self.ratio}")
+        require_fraction(self, "ratio")
 
+    @heads_native
     def select(self, view: SiteView) -> Tensor:
         """Choose the units that run: bool (num_tokens, num_units).
 
         Example: probabilities (.5, .3, .2), native top-2 and ratio .7 give the first expert; ratio .5 the first two.
         """
         native = NativeRouter().select(view)
-        if view.site.kind != "experts":
-            return native
         return native & (view.scores.exp() >= self.ratio * view.scores.exp().amax(1, keepdim=True))
 
 
@@ -129,8 +138,9 @@ class EntropyThreshold:
     """Entropy of the gate above which all native experts run, as a fraction of the entropy of an even gate."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.limit <= 1, f"limit must lie in [0, 1], got {self.limit}")
+        require_fraction(self, "limit")
 
+    @heads_native
     def select(self, view: SiteView) -> Tensor:
         """Choose the units that run: bool (num_tokens, num_units).
 
@@ -138,7 +148,7 @@ class EntropyThreshold:
         .08 the first.
         """
         native = NativeRouter().select(view)
-        if view.site.kind != "experts" or view.site.num_units == 1:
+        if view.site.num_units == 1:
             return native
         entropy = torch.special.entr(view.scores.exp()).sum(1, keepdim=True) / math.log(view.site.num_units)
         return native & ((entropy > self.limit) | best_units(view.scores, 1))
@@ -159,20 +169,17 @@ class SequenceTopK:
 
     k: float
     """Experts of a token at every expert site, mean over its sequence."""
-    causal: bool = False
-    """For the record of the setting; never True."""
 
     def __post_init__(self) -> None:
-        require(self.k >= 0, f"k must be at least 0, got {self.k}")
+        require_at_least(self, 0, "k")
 
+    @heads_native
     def select(self, view: SiteView) -> Tensor:
         """Choose the units that run: bool (num_tokens, num_units).
 
         Example: a sequence of two tokens with probabilities (.5, .3, .2) and (.9, .1, 0) at k 1 gives the first expert
         of both; at k 1.5 the second expert of the first token too.
         """
-        if view.site.kind != "experts":
-            return NativeRouter().select(view)
         require_count(self.k, view)
         num_sequences, seq_len = view.tokens.shape
         by_sequence = view.scores.reshape(num_sequences, -1)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_backbone.checks import require
-from moe_backbone.sites import NativeRouter, SiteView, best_units
-from policies.baselines.fixed import require_count
+from moe_backbone.checks import require, require_at_least
+from moe_backbone.sites import SiteView, best_units
+from policies.baselines.fixed import heads_native, require_count
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,11 @@ class HashRouter:
     """Seed of the hash."""
 
     def __post_init__(self) -> None:
-        require(self.k >= 0, f"k must be at least 0, got {self.k}")
-        require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
+        require_at_least(self, 0, "k", "seed")
 
+    @heads_native
     def select(self, view: SiteView) -> Tensor:
         """Choose the units that run: bool (num_tokens, num_units)."""
-        if view.site.kind != "experts":
-            return NativeRouter().select(view)
         require_count(self.k, view)
         units = torch.arange(view.site.num_units, device=view.tokens.device)
         return best_units(_hash(view.tokens.flatten().unsqueeze(1), units, self.seed * 1009 + view.index), self.k)
@@ -51,13 +49,10 @@ class TokenTable:
 
     table: Tensor
     """Experts of each id, bool (num_ids, num_experts)."""
-    k: int
-    """Experts of an id."""
 
+    @heads_native
     def select(self, view: SiteView) -> Tensor:
         """Choose the units that run: bool (num_tokens, num_units)."""
-        if view.site.kind != "experts":
-            return NativeRouter().select(view)
         return self.table.to(view.tokens.device)[view.tokens.flatten() % len(self.table)]
 
 
@@ -82,7 +77,7 @@ def balanced_table(tokens: Tensor, num_experts: int, k: int) -> TokenTable:
         for expert in sorted(range(num_experts), key=load.__getitem__)[:k]:
             table[token, expert] = True
             load[expert] += counts[token]
-    return TokenTable(table, k)
+    return TokenTable(table)
 
 
 def _hash(ids: Tensor, units: Tensor, seed: int) -> Tensor:

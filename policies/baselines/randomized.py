@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_backbone.checks import require
+from moe_backbone.checks import require_at_least, require_fraction
 from moe_backbone.sites import NativeRouter, SiteView, best_units
-from policies.baselines.fixed import require_count
+from policies.baselines.fixed import heads_native, require_count
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,11 @@ class RandomK:
     """Seed of the draws."""
 
     def __post_init__(self) -> None:
-        require(self.k >= 0, f"k must be at least 0, got {self.k}")
-        require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
+        require_at_least(self, 0, "k", "seed")
 
+    @heads_native
     def select(self, view: SiteView) -> Tensor:
         """Choose the units that run: bool (num_tokens, num_units)."""
-        if view.site.kind != "experts":
-            return NativeRouter().select(view)
         require_count(self.k, view)
         return best_units(_uniform(self.seed, view, len(view.scores)), self.k)
 
@@ -57,8 +55,8 @@ class RandomSubset:
     """Seed of the draws."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.rate <= 1, f"rate must lie in [0, 1], got {self.rate}")
-        require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
+        require_fraction(self, "rate")
+        require_at_least(self, 0, "seed")
 
     def select(self, view: SiteView) -> Tensor:
         """Choose the units that run: bool (num_tokens, num_units)."""
@@ -83,8 +81,8 @@ class RandomHeads:
     """Whether each token draws its own heads."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.share <= 1, f"share must lie in [0, 1], got {self.share}")
-        require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
+        require_fraction(self, "share")
+        require_at_least(self, 0, "seed")
 
     def select(self, view: SiteView) -> Tensor:
         """Choose the units that run: bool (num_tokens, num_units)."""
