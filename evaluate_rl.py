@@ -135,8 +135,8 @@ def evaluate(
     greedy = greedy_points(backbone, corpus, tokens, targets) if "greedy".startswith(wanted) else []
     specs: list[FixedPoint | LearnedPoint] = [
         point
-        for point in fixed_routers(backbone, tokens, targets, seed=seed, greedy=greedy)
-        if point.name != "native" and point.name.startswith(wanted)
+        for point in fixed_routers(backbone, tokens, targets, seed=seed, greedy=greedy, wanted=wanted)
+        if point.name != "native"
     ]
     if learned is not None:
         prices = np.geomspace(learned.spec.price_low, learned.spec.price_high, config.num_prices)

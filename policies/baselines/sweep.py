@@ -6,7 +6,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -56,7 +56,13 @@ class FixedPoint:
 
 
 def fixed_routers(
-    backbone: Backbone, tokens: Tensor, targets: Tensor, *, seed: int, greedy: Sequence[GreedyPoint] = ()
+    backbone: Backbone,
+    tokens: Tensor,
+    targets: Tensor,
+    *,
+    seed: int,
+    greedy: Sequence[GreedyPoint] = (),
+    wanted: Sequence[str] = ("",),
 ) -> list[FixedPoint]:
     """The whole sweep: native, one-rule and random routers, those with static head pruning, and greedy search.
 
@@ -68,18 +74,25 @@ def fixed_routers(
         targets: Next tokens, same shape.
         seed: Seed of the random routers.
         greedy: Steps of `GreedySearch.run`; native, its first, may be among them.
+        wanted: Only families whose name starts with one of these; what others need is not computed.
     """
+
+    def asked_for(*names: str) -> bool:
+        return any(name.startswith(tuple(wanted)) for name in names)
+
     points = [FixedPoint("native", {}, NativeRouter()), *_unpruned(backbone, seed)]
-    points += [*_by_token_id(backbone, tokens, seed), *_by_cluster(backbone, tokens, seed)]
+    points += _by_token_id(backbone, tokens, seed)
+    points += _by_cluster(backbone, tokens, seed, [kind for kind in get_args(ClusterKind) if asked_for(kind)])
     if any(site.kind == "heads" for site in backbone.sites):
         for name, per_token in (("random-heads", False), ("random-heads-each", True)):
             routers = [RandomHeads(share=share, seed=seed, per_token=per_token) for share in HEAD_SHARES]
             points += [_point(name, router) for router in routers]
-        points += _pruned(backbone, tokens, targets, seed)
+        if asked_for(*(name for name in FIXED_NAMES if name.endswith("+pruning"))):
+            points += _pruned(backbone, tokens, targets, seed)
     for step, point in enumerate(greedy):
         setting = {"step": step, "training_compute": point.compute, "training_loss": point.loss}
         points.append(FixedPoint("greedy", setting, point.router))
-    return points
+    return [point for point in points if asked_for(point.name)]
 
 
 def _unpruned(backbone: Backbone, seed: int) -> Iterator[FixedPoint]:
@@ -94,7 +107,9 @@ def _unpruned(backbone: Backbone, seed: int) -> Iterator[FixedPoint]:
     yield from (_point("top-p", TopP(mass=mass)) for mass in MASSES)
     yield from (_point("second-ratio", SecondRatio(ratio=ratio)) for ratio in RATIOS)
     yield from (_point("entropy", EntropyThreshold(limit=limit)) for limit in ENTROPIES)
-    yield from (_point("sequence-top-k", SequenceTopK(k=share * native)) for share in SEQUENCE_SHARES)
+    for share in SEQUENCE_SHARES:
+        router = SequenceTopK(k=share * native)
+        yield FixedPoint("sequence-top-k", {"k": router.k, "causal": False}, router)
 
 
 def _by_token_id(backbone: Backbone, tokens: Tensor, seed: int) -> Iterator[FixedPoint]:
@@ -107,10 +122,9 @@ def _by_token_id(backbone: Backbone, tokens: Tensor, seed: int) -> Iterator[Fixe
             yield FixedPoint("token-table", {"k": k}, balanced_table(tokens, experts[0].num_units, k))
 
 
-def _by_cluster(backbone: Backbone, tokens: Tensor, seed: int) -> Iterator[FixedPoint]:
+def _by_cluster(backbone: Backbone, tokens: Tensor, seed: int, kinds: Sequence[ClusterKind]) -> Iterator[FixedPoint]:
     """Families that look at the cluster of the token's features only; left out aloud without scikit-learn."""
-    kinds: tuple[ClusterKind, ...] = ("kmeans", "gaussian")
-    if importlib.util.find_spec("sklearn") is None:
+    if kinds and importlib.util.find_spec("sklearn") is None:
         logger.warning("routers %s left out, they need: pip install -e '.[cluster]'", " and ".join(kinds))
         return
     native = min(site.native_units for site in backbone.sites if site.kind == "experts")

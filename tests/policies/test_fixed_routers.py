@@ -274,6 +274,13 @@ def test_without_scikit_learn_its_routers_are_left_out_aloud(backbone, text, mon
     assert "they need: pip install -e '.[cluster]'" in caplog.text
 
 
+def test_families_that_nobody_asks_for_cost_nothing(backbone, text, monkeypatch):
+    for name in ("head_importance", "fit_clustering"):
+        monkeypatch.setattr(f"policies.baselines.sweep.{name}", lambda *_, **__: pytest.fail("was computed"))
+    names = {point.name for point in fixed_routers(backbone, *text, seed=0, wanted=("second", "hash"))}
+    assert names == {"second-ratio", "hash"}
+
+
 def test_sweep_has_every_family_once_per_setting_and_all_routers_run(backbone, text):
     pytest.importorskip("sklearn")
     greedy = GreedySearch(backbone, *text, GreedyConfig(stop_compute=0.9)).run(progress=False)
