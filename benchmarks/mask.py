@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
@@ -33,7 +32,7 @@ from moe_backbone import (
     fixed_flops,
 )
 from moe_backbone.attention import KeyValueCache
-from moe_backbone.kernels import Backend, count_rows
+from moe_backbone.kernels import count_rows
 
 CONFIG = BackboneConfig(
     hidden_size=128, num_layers=2, num_heads=2, num_experts=128, top_k=2, intermediate_size=4096, seq_len=128
@@ -110,14 +109,14 @@ class Work:
     def equals_reference(self, router: Router) -> bool:
         """Whether the fastest kernels give the logits of the reference kernels."""
         fastest = self.run(router)
-        with _kernels(self.model, "reference"):
+        with self.model.using("reference"):
             reference = self.run(Replay(subsets for _, subsets in fastest))
         return all(agree(logits, wanted) for (logits, _), (wanted, _) in zip(fastest, reference, strict=True))
 
     def flops(self, router: Router) -> float:
         """Routable FLOPs of the chosen units, each of which is a row of the kernels that skip whatever they can."""
         meter, total, position = ComputeMeter(self.model.sites, CONFIG.seq_len), 0.0, self.first_position
-        with _kernels(self.model, "compact"), count_rows() as counted:
+        with self.model.using("compact"), count_rows() as counted:
             runs = self.run(router)
         for tokens, (_, subsets) in zip(self.calls, runs, strict=True):
             positions = torch.arange(position, position + tokens.shape[1]).repeat(len(tokens))
@@ -132,16 +131,6 @@ class Work:
         with count_rows() as counted:
             self.run(router)
         return dict(counted)
-
-
-@contextmanager
-def _kernels(model: MoETransformer, backend: Backend) -> Iterator[None]:
-    """Other kernels than the fastest meanwhile."""
-    model.backend = backend
-    try:
-        yield
-    finally:
-        model.backend = "auto"
 
 
 @torch.no_grad()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -172,15 +172,8 @@ def evaluate_all(evaluator: Evaluator, points: Sequence[PointSpec]) -> list[Poin
     return scored
 
 
-@contextmanager
-def _never_masked(backbone: Backbone) -> Iterator[None]:
+def _never_masked(backbone: Backbone) -> AbstractContextManager[None]:
     """Skip every unit that is not chosen, also where a CPU would compute and mask it in less time."""
-    before = getattr(backbone, "backend", None)
-    if before is None or next(backbone.parameters()).device.type == "cuda":  # type: ignore[attr-defined]
-        yield
-        return
-    backbone.backend = "compact"  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        backbone.backend = before  # type: ignore[attr-defined]
+    if not hasattr(backbone, "using") or next(backbone.parameters()).device.type == "cuda":  # type: ignore[attr-defined]
+        return nullcontext()
+    return backbone.using("compact")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -179,6 +180,15 @@ class MoETransformer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits under native routing."""
         return self.run(tokens, NativeRouter())[0]
+
+    @contextmanager
+    def using(self, backend: Backend) -> Iterator[None]:
+        """Run on other kernels meanwhile."""
+        before, self.backend = self.backend, backend
+        try:
+            yield
+        finally:
+            self.backend = before
 
     @property
     def hidden_size(self) -> int:
