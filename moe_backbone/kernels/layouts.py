@@ -39,7 +39,7 @@ class Weight(NamedTuple):
     def __call__(self, rows: Tensor) -> Tensor:
         """Rows (num_rows, inputs) times the matrix: (num_rows, outputs)."""
         num_rows = rows.shape[0]
-        if self.packed is None or torch.is_grad_enabled() or num_rows * self.plain.numel() < SMALLEST_PACKED:
+        if self.packed is None or num_rows * self.plain.numel() < SMALLEST_PACKED:
             return rows @ self.plain
         if num_rows != common_length(num_rows):
             rows = F.pad(rows, (0, 0, 0, common_length(num_rows) - num_rows))
@@ -97,8 +97,9 @@ def linear(hidden: Tensor, weight: Tensor, *, outputs_first: bool = True) -> Ten
 
 
 def _laid_out(weight: Tensor, form: str, matrices: Callable[[Tensor], Sequence[Tensor]]) -> list[Weight]:
-    if weight.requires_grad or not _can_pack(weight):
+    if weight.requires_grad:
         _layouts.pop(weight, None)
+    if torch.is_grad_enabled() or weight.requires_grad or not _can_pack(weight):
         return [Weight(matrix, None) for matrix in matrices(weight)]
     state = (0 if weight.is_inference() else weight._version, weight.data_ptr())
     sample = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLE)]
