@@ -6,7 +6,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import lru_cache, partial
 from itertools import cycle
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -66,22 +66,39 @@ def rows() -> Iterator[Row]:
     yield _against_plain_loop()
 
 
-def draw(sizes: Sizes, *, any_subset: bool) -> list[Inputs]:
-    """Several batches for the same experts, as a library may be fast only for numbers of rows that it has seen.
+def draw(
+    sizes: Sizes,
+    *,
+    any_subset: bool,
+    batches: int = BATCHES,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    shares: Tensor | None = None,
+) -> list[Inputs]:
+    """Random batches for the same experts; several, as a library may be fast only for numbers of rows it has seen.
 
-    Each expert is chosen with the same chance, or `sizes.active` of them by every token.
+    Args:
+        sizes: Of the layer.
+        any_subset: Whether each expert is chosen by chance, or exactly `sizes.active` for each token.
+        batches: How many.
+        device: Where they are drawn.
+        dtype: Of tokens and weights.
+        shares: Of each expert among the chosen, for any subset (num_experts,); equal if None.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     tokens, width, inner, experts = sizes.num_tokens, sizes.hidden_size, sizes.intermediate_size, sizes.num_experts
-    gate_up = torch.randn(experts, width, 2 * inner, generator=generator) * width**-0.5
-    down = torch.randn(experts, inner, width, generator=generator) * inner**-0.5
-    batches = []
-    for _ in range(BATCHES):
-        chances = torch.rand(tokens, experts, generator=generator)
-        subset = chances < sizes.active / experts if any_subset else best_units(chances, sizes.active)
-        hidden = torch.randn(tokens, width, generator=generator)
-        batches.append(Inputs(hidden, torch.rand(tokens, experts, generator=generator) + 0.1, subset, gate_up, down))
-    return batches
+    options: dict[str, Any] = {"generator": generator, "device": device}
+    gate_up = torch.randn(experts, width, 2 * inner, dtype=dtype, **options) * width**-0.5
+    down = torch.randn(experts, inner, width, dtype=dtype, **options) * inner**-0.5
+    wanted = sizes.active / experts if shares is None else sizes.active * shares
+    drawn = []
+    for _ in range(batches):
+        chances = torch.rand(tokens, experts, **options)
+        subset = chances < wanted if any_subset else best_units(chances, sizes.active)
+        hidden = torch.randn(tokens, width, dtype=dtype, **options)
+        weights = (torch.rand(tokens, experts, **options) + 0.1).to(dtype)
+        drawn.append(Inputs(hidden, weights, subset, gate_up, down))
+    return drawn
 
 
 def _in_turn(calls: Sequence[Callable[[], Tensor]]) -> Callable[[], Tensor]:
@@ -125,14 +142,14 @@ def _grouped_mm(inputs: Inputs, columns: int) -> Callable[[], Tensor]:
     order = inputs.subset.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :columns]
     chosen = inputs.subset.gather(1, order)
     ids, weights = order.where(chosen, len(inputs.down)), inputs.weights.gather(1, order) * chosen
-    return partial(_forward(), _layer(inputs), inputs.hidden, ids, weights)
+    return partial(_forward(), transformers_layer(inputs), inputs.hidden, ids, weights)
 
 
 def _grouped_mm_of_pairs(inputs: Inputs) -> Callable[[], Tensor]:
     """Each chosen (token, expert) pair as a token of its own with one expert, summed up behind it."""
     tokens, experts = inputs.subset.nonzero().unbind(1)
     weights = inputs.weights[tokens, experts].unsqueeze(1)
-    forward, layer = _forward(), _layer(inputs)
+    forward, layer = _forward(), transformers_layer(inputs)
 
     def run() -> Tensor:
         rows = forward(layer, inputs.hidden.index_select(0, tokens), experts.unsqueeze(1), weights)
@@ -147,8 +164,8 @@ def _forward() -> Callable[..., Tensor]:
     return grouped_mm_experts_forward
 
 
-def _layer(inputs: Inputs) -> Any:
-    """What transformers' function reads of a module."""
+def transformers_layer(inputs: Inputs, *, masks_empty: bool = False) -> Any:
+    """What the functions of transformers read of a module; `masks_empty`: whether they mask ids that mean no expert."""
 
     def gated(gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -163,12 +180,12 @@ def _layer(inputs: Inputs) -> Any:
         has_bias=False,
         has_post_expert_norm=False,
         is_transposed=False,
-        _is_expert_parallel=False,
+        _is_expert_parallel=masks_empty,
         _apply_gate=gated,
     )
 
 
-@cache
+@lru_cache(maxsize=2)  # the two weights of one layer: more would keep every layer's memory
 def _transposed(weight: Tensor) -> Tensor:
     """The layout that transformers has, once for all batches."""
     return weight.mT.contiguous()

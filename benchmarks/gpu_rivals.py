@@ -8,15 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.experts import Inputs, Sizes, plain_loop
-from moe_backbone.sites import best_units
+from benchmarks.experts import Inputs, Sizes, plain_loop, transformers_layer
+from benchmarks.experts import draw as draw_batches
 
 VARIABLE = "ROUTEGYM_RIVALS"
 """Names a folder with a file `rivals.py`, whose function `rivals() -> dict[str, Prepare]` brings further rivals."""
@@ -38,31 +36,8 @@ Prepare = Callable[[Inputs, Slots], Callable[[], Tensor]]
 def draw(
     sizes: Sizes, device: torch.device, dtype: torch.dtype, *, any_subset: bool, shares: Tensor | None = None
 ) -> Inputs:
-    """Random inputs, drawn on the device.
-
-    Args:
-        sizes: Of the layer.
-        device: Where they lie.
-        dtype: Of tokens and weights.
-        any_subset: Whether each expert is chosen by chance, or exactly `sizes.active` for each token.
-        shares: Of each expert among the chosen, for any subset (num_experts,); equal if None.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-    tokens, width, inner, experts = sizes.num_tokens, sizes.hidden_size, sizes.intermediate_size, sizes.num_experts
-
-    def normal(*shape: int) -> Tensor:
-        scale = 1.0 if len(shape) == 2 else shape[1] ** -0.5
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype) * scale
-
-    chances = torch.rand(tokens, experts, generator=generator, device=device)
-    wanted = sizes.active / experts if shares is None else sizes.active * shares
-    return Inputs(
-        hidden=normal(tokens, width),
-        weights=(torch.rand(tokens, experts, generator=generator, device=device) + 0.1).to(dtype),
-        subset=chances < wanted if any_subset else best_units(chances, sizes.active),
-        gate_up=normal(experts, width, 2 * inner),
-        down=normal(experts, inner, width),
-    )
+    """One batch on the device; arguments as in `benchmarks.experts.draw`."""
+    return draw_batches(sizes, any_subset=any_subset, batches=1, device=device, dtype=dtype, shares=shares)[0]
 
 
 def slots(inputs: Inputs, *, any_subset: bool) -> Slots:
@@ -82,25 +57,8 @@ def _transformers(name: str, inputs: Inputs, given: Slots) -> Callable[[], Tenso
     """A function of transformers, told of empty slots only where there are some: its masks for them cost time."""
     from transformers.integrations import moe
 
-    num_experts = len(inputs.gate_up)
-    layer: Any = SimpleNamespace(
-        num_experts=num_experts,
-        gate_up_proj=inputs.gate_up.mT.contiguous(),
-        down_proj=inputs.down.mT.contiguous(),
-        act_fn=F.silu,
-        has_gate=True,
-        has_bias=False,
-        has_post_expert_norm=False,
-        is_transposed=False,
-        _is_expert_parallel=bool((given.ids == num_experts).any()),
-        _apply_gate=_gated,
-    )
+    layer = transformers_layer(inputs, masks_empty=bool((given.ids == len(inputs.down)).any()))
     return partial(getattr(moe, f"{name}_experts_forward"), layer, inputs.hidden, *given)
-
-
-def _gated(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 def _loop(inputs: Inputs, given: Slots) -> Callable[[], Tensor]:
