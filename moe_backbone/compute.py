@@ -44,8 +44,13 @@ def transformer_sites(config: BackboneConfig) -> tuple[RoutingSite, ...]:
 
 
 def fixed_flops(config: BackboneConfig) -> int:
-    """FLOPs of one token that no routing can save: keys, values, native gates, shared expert, output head."""
+    """FLOPs of one token that no routing can save: keys, values, native gates, shared expert, output head.
+
+    As everywhere, products count and element-wise work does not: a gate vector adds the product of the mixing weights
+    with its factors, `2 * num_experts * hidden_size` a layer, but not the division by it.
+    """
     layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.num_experts
+    layer += 2 * config.hidden_size * config.num_experts * (config.mixing == "gate_vector")
     layer += 6 * config.hidden_size * config.shared_intermediate_size
     layer += 2 * config.hidden_size * config.num_heads * config.head_gate
     return config.num_layers * layer + 2 * config.hidden_size * config.vocab_size

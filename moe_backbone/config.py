@@ -34,8 +34,9 @@ class BackboneConfig:
     """Inner width of an expert that every token always uses; 0 for none."""
     head_gate: bool = False
     """Whether attention heads have a native gate that weights them, as experts do."""
-    mixing: Literal["renormalize", "keep"] = "renormalize"
-    """Weights of chosen experts: gate probabilities renormalised over the subset, or kept as they are."""
+    mixing: Literal["renormalize", "keep", "gate_vector"] = "renormalize"
+    """Weights of chosen experts: gate probabilities renormalised over the subset, kept as they are, or renormalised in
+    each dimension of the update after a learned vector was added to the gate."""
     seq_len: int = 128
     """Tokens of one sequence in training, rollouts and evaluation."""
     rope_theta: float = 10_000.0
@@ -58,7 +59,10 @@ class BackboneConfig:
             f"shared_intermediate_size must be at least 0, got {self.shared_intermediate_size}",
         )
         require(self.rope_theta > 0, f"rope_theta must be positive, got {self.rope_theta}")
-        require(self.mixing in ("renormalize", "keep"), f"mixing must be 'renormalize' or 'keep', got {self.mixing!r}")
+        require(
+            self.mixing in ("renormalize", "keep", "gate_vector"),
+            f"mixing must be 'renormalize', 'keep' or 'gate_vector', got {self.mixing!r}",
+        )
 
     @property
     def head_size(self) -> int:

@@ -7,11 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_backbone.config import BackboneConfig
-from moe_backbone.kernels import Backend, expert_mlp, linear
+from moe_backbone.kernels import Backend, Derived, expert_mlp, linear
 
 
 class ExpertLayer(nn.Module):
-    """Weighted sum of the chosen experts of each token."""
+    """Weighted sum of the chosen experts of each token.
+
+    Args:
+        config: `mixing` says how they are weighted. Under `gate_vector` dimension d of the update is the sum over the
+            chosen experts e of softmax_e(logit_e + vector[e, d]) * f_e(x)[d]; the vector starts at zero, where this
+            is `renormalize`.
+    """
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -21,6 +27,10 @@ class ExpertLayer(nn.Module):
         self.gate = nn.Linear(width, config.num_experts, bias=False)
         self.gate_up = nn.Parameter(torch.randn(config.num_experts, width, 2 * inner) * width**-0.5)
         self.down = nn.Parameter(torch.randn(config.num_experts, inner, width) * (depth * inner**-0.5))
+        self.vector: nn.Parameter | None = None
+        if config.mixing == "gate_vector":
+            self.vector = nn.Parameter(torch.zeros(config.num_experts, width))
+        self._scaled = Derived(scaled_by_vector)
         self.shared: nn.ModuleList | None = None
         if config.shared_intermediate_size:
             shared = config.shared_intermediate_size
@@ -43,7 +53,14 @@ class ExpertLayer(nn.Module):
         """
         weights = mixing_weights(scores, subset, self.mixing)
         rows = features.flatten(0, 1)
-        update = expert_mlp(rows, weights, subset, self.gate_up, self.down, backend).view_as(features)
+        if self.vector is None:
+            update = expert_mlp(rows, weights, subset, self.gate_up, self.down, backend)
+        else:
+            down, factors = self._scaled(self.down, self.vector)
+            total = weights @ factors
+            update = expert_mlp(rows, weights, subset, self.gate_up, down, backend)
+            update = update / total.masked_fill(total == 0, 1)  # an empty subset has no weight: its update stays zero
+        update = update.view_as(features)
         if self.shared is not None:
             gate, up = self.shared[0](features).chunk(2, dim=-1)
             update = update + self.shared[1](F.silu(gate) * up)
@@ -56,7 +73,7 @@ def mixing_weights(scores: Tensor, subset: Tensor, rule: str) -> Tensor:
     Args:
         scores: Log-softmax gate scores (num_tokens, num_experts).
         subset: bool, same shape.
-        rule: `renormalize` makes each non-empty row sum to 1; `keep` leaves the gate's probabilities.
+        rule: `keep` leaves the gate's probabilities; any other makes each non-empty row sum to 1.
 
     Returns:
         Same shape as `scores`; zeros where `subset` is False.
@@ -67,3 +84,22 @@ def mixing_weights(scores: Tensor, subset: Tensor, rule: str) -> Tensor:
         return scores.exp() * subset
     # a softmax over the subset, as probabilities may underflow; the lowest number keeps an empty row finite
     return scores.masked_fill(~subset, torch.finfo(scores.dtype).min).softmax(1) * subset
+
+
+def scaled_by_vector(down: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+    """What the gate vector makes of the down projections, so that the ops need not know of it.
+
+    softmax_e(s_e + v_e) is w_e * exp(v_e) over its own sum, where w is the softmax of s alone, and v counts only up to
+    what is added to all experts alike. So the largest entry of each dimension becomes 0, and nothing overflows.
+
+    Args:
+        down: (num_experts, intermediate_size, hidden_size).
+        vector: (num_experts, hidden_size), nats.
+
+    Returns:
+        `down` times the factors, and the factors exp(v) (num_experts, hidden_size), in (0, 1].
+
+    Example: vector entries (0, log 4) of two experts in one dimension give the factors (.25, 1).
+    """
+    factors = (vector - vector.detach().amax(0)).exp()
+    return down * factors.unsqueeze(1), factors

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moe_backbone.kernels import compact, reference
-from moe_backbone.kernels.layouts import linear
+from moe_backbone.kernels.layouts import Derived, linear
 from moe_backbone.kernels.reference import rotate
 from moe_backbone.kernels.rows import count_rows
 from moe_backbone.kernels.tiles import DTYPES, MAX_HEAD_SIZE, MAX_HEADS
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 Backend = Literal["auto", "reference", "compact", "triton"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "compact", "triton")
 
-__all__ = ["BACKENDS", "Backend", "count_rows", "expert_mlp", "head_attention", "linear", "rotate"]
+__all__ = ["BACKENDS", "Backend", "Derived", "count_rows", "expert_mlp", "head_attention", "linear", "rotate"]
 
 
 def expert_mlp(

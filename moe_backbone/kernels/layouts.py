@@ -46,9 +46,28 @@ class Weight(NamedTuple):
         return torch.ops.mkldnn._linear_pointwise(rows, self.packed, None, "none", [], "")[:num_rows]
 
 
-class _Layout(NamedTuple):
+class _Stamp(NamedTuple):
+    """What tells whether a weight has changed."""
+
     state: tuple[int, int]
     sample: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> _Stamp:
+        version = 0 if weight.is_inference() else weight._version
+        return cls((version, weight.data_ptr()), weight.detach().flatten()[:: max(1, weight.numel() // SAMPLE)])
+
+    def fits(self, weight: Tensor) -> bool:
+        now = _Stamp.of(weight)
+        return self.state == now.state and torch.equal(self.sample, now.sample)
+
+    def kept(self) -> _Stamp:
+        """A copy whose sample does not change with the weight."""
+        return self._replace(sample=self.sample.clone())
+
+
+class _Layout(NamedTuple):
+    stamp: _Stamp
     weights: list[Weight]
 
 
@@ -101,15 +120,40 @@ def _laid_out(weight: Tensor, form: str, matrices: Callable[[Tensor], Sequence[T
         _layouts.pop(weight, None)
     if torch.is_grad_enabled() or weight.requires_grad or not _can_pack(weight):
         return [Weight(matrix, None) for matrix in matrices(weight)]
-    state = (0 if weight.is_inference() else weight._version, weight.data_ptr())
-    sample = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLE)]
     forms = _layouts.setdefault(weight, {})
     layout = forms.get(form)
-    if layout is None or layout.state != state or not torch.equal(layout.sample, sample):
+    if layout is None or not layout.stamp.fits(weight):
         # detached: a view of the weight itself would keep it alive
         packed = [Weight(matrix, _pack(matrix)) for matrix in matrices(weight.detach())]
-        layout = forms[form] = _Layout(state, sample.clone(), packed)
+        layout = forms[form] = _Layout(_Stamp.of(weight).kept(), packed)
     return layout.weights
+
+
+class Derived:
+    """Tensors made from weights, such as products of two of them, which the ops then take as weights.
+
+    On a CPU they are made once and kept until a weight changes, so that they can be laid out; where a weight learns
+    they are made at each call, and also on a GPU, which would have to be waited for to see a change.
+
+    Args:
+        make: Takes the weights, returns the tensors.
+    """
+
+    def __init__(self, make: Callable[..., tuple[Tensor, ...]]) -> None:
+        self._make = make
+        self._stamps: tuple[_Stamp, ...] = ()
+        self._made: tuple[Tensor, ...] = ()
+
+    def __call__(self, *weights: Tensor) -> tuple[Tensor, ...]:
+        """What `make` makes of `weights`."""
+        if any(weight.requires_grad or weight.device.type != "cpu" for weight in weights):
+            self._stamps, self._made = (), ()
+            return self._make(*weights)
+        if not self._stamps or not all(map(_Stamp.fits, self._stamps, weights)):
+            with torch.inference_mode(False), torch.no_grad():  # whoever comes next may want gradients of its inputs
+                self._made = self._make(*weights)
+            self._stamps = tuple(_Stamp.of(weight).kept() for weight in weights)
+        return self._made
 
 
 def _pack(matrix: Tensor) -> Tensor:

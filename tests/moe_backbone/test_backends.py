@@ -159,6 +159,40 @@ def test_weights_that_learn_are_not_laid_out(weight: Tensor) -> None:
     assert layouts.products(weight.requires_grad_())[0].packed is None
 
 
+@pytest.mark.parametrize("changed", [0, 1])
+def test_derived_weights_are_made_once_for_each_state_of_the_weights(weight: Tensor, changed: int) -> None:
+    """The same tensor as long as nothing changes, so that its layout stays, and a new one after any change."""
+    weights = (weight, torch.randn(3, 1, OUTPUTS))
+    product = layouts.Derived(lambda one, other: (one * other,))
+    first = product(*weights)[0]
+    assert product(*weights)[0] is first
+    weights[changed].data.mul_(2)
+    torch.testing.assert_close(product(*weights)[0], 2 * first)
+    assert product(*weights)[0] is product(*weights)[0]
+
+
+def test_derived_weights_pass_gradients_on_and_are_not_kept_meanwhile(weight: Tensor) -> None:
+    """An optimiser's steps may leave no trace."""
+    double = layouts.Derived(lambda weight: (2 * weight,))
+    weight.requires_grad_()
+    with torch.enable_grad():
+        assert double(weight)[0] is not double(weight)[0]
+        double(weight)[0].sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.eq(2).all()
+
+
+def test_derived_weights_made_in_inference_mode_serve_gradients(rows: Tensor, weight: Tensor) -> None:
+    """Evaluation may come before the training of something that reads a frozen backbone."""
+    double = layouts.Derived(lambda weight: (2 * weight,))
+    with torch.inference_mode():
+        made = double(weight)[0]
+    with torch.enable_grad():
+        (rows.requires_grad_() @ double(weight)[0][0]).sum().backward()
+    assert double(weight)[0] is made
+    assert rows.grad is not None
+
+
 def test_cache_returns_what_was_written() -> None:
     """Positions come back in order, and writing at the same length again replaces them."""
     cache = KeyValueCache(num_layers=1, capacity=5)

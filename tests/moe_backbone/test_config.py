@@ -29,7 +29,9 @@ from moe_backbone.pretrain import PretrainConfig
             {"shared_intermediate_size": -1}, "shared_intermediate_size must be at least 0, got -1", id="shared"
         ),
         pytest.param({"rope_theta": 0.0}, "rope_theta must be positive, got 0.0", id="rope_theta"),
-        pytest.param({"mixing": "sum"}, "mixing must be 'renormalize' or 'keep', got 'sum'", id="mixing"),
+        pytest.param(
+            {"mixing": "sum"}, "mixing must be 'renormalize', 'keep' or 'gate_vector', got 'sum'", id="mixing"
+        ),
     ],
 )
 def test_backbone_config_names_what_is_wrong(changes: dict[str, Any], message: str) -> None:
@@ -63,3 +65,12 @@ def test_max_units_is_the_width_of_the_largest_site() -> None:
     """An action must hold the heads and the experts, whichever are more."""
     assert BackboneConfig(num_heads=4, num_experts=8).max_units == 8
     assert BackboneConfig(num_heads=8, num_experts=4).max_units == 8
+
+
+def test_the_default_backbone_keeps_its_name() -> None:
+    """Its hash and the key of its cached weights are made from this text: a new field would train it again."""
+    assert repr(BackboneConfig()) == (
+        "BackboneConfig(vocab_size=256, hidden_size=128, num_layers=4, num_heads=8, num_experts=16, top_k=4, "
+        "intermediate_size=96, shared_intermediate_size=0, head_gate=False, mixing='renormalize', seq_len=128, "
+        "rope_theta=10000.0)"
+    )

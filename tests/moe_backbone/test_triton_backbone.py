@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from moe_backbone import MoETransformer, NativeRouter, Router
+from moe_backbone import BackboneConfig, MoETransformer, NativeRouter, Router
 from moe_backbone.kernels import count_rows
 from moe_backbone.kernels.rows import record_rows, uncounted
 
@@ -64,6 +66,27 @@ def test_gradients_of_a_backbone_equal_the_reference(backbone: MoETransformer, t
         backbone(tokens).logsumexp(2).sum().backward()
         gradients[backend] = {name: weight.grad.clone() for name, weight in backbone.named_parameters()}
     torch.testing.assert_close(gradients["triton"], gradients["reference"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["frozen", "learning"])
+def test_gate_vector_on_these_kernels_equals_the_reference(
+    tiny_config: BackboneConfig, tiny_tokens: Tensor, learns: bool
+) -> None:
+    """They are given scaled projections like any others."""
+    backbone = MoETransformer(replace(tiny_config, mixing="gate_vector")).to(DEVICE)
+    for layer in backbone.expert_layers:
+        layer.vector.data.normal_()  # type: ignore[union-attr]
+    tokens = tiny_tokens[:1, :5].to(DEVICE)
+    results = []
+    for backend in ("triton", "reference"):
+        backbone.backend = backend  # type: ignore[assignment]
+        backbone.requires_grad_(learns).zero_grad()
+        logits = backbone(tokens)
+        if learns:
+            logits.logsumexp(2).sum().backward()
+        gradients = [weight.grad.clone() for weight in backbone.parameters() if weight.grad is not None]
+        results.append([logits.detach(), *gradients])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-4)
 
 
 def test_rows_of_a_recomputation_are_not_counted_twice() -> None:
