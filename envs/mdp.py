@@ -22,6 +22,7 @@ from envs.rollout import Rollout, TokenBatch
 from envs.token_source import TokenSource
 from moe_backbone import ComputeMeter, MoETransformer, best_units
 from moe_backbone.checks import require_price
+from moe_backbone.compensation import Compensation
 from moe_backbone.transformer import RoutingState
 
 
@@ -60,6 +61,7 @@ class RoutingMDP:
         num_lanes: `num_sequences * rollouts_per_sequence * seq_len`.
         subsets: What ran at each site of the current episode, bool (num_lanes, num_units).
         quality: What the episode that ended last was paid at its end (num_lanes,), float32.
+        compensation: Constants that a router brings in place of skipped units, or None; may be set at any time.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class RoutingMDP:
         self._native = NativeReference(backbone, config.native_cache_mb * 2**20)
         self.subsets: list[Tensor] = []
         self.quality: Tensor | None = None
+        self.compensation: Compensation | None = None
 
     @property
     def observation_space(self) -> spaces.Box:
@@ -163,7 +166,7 @@ class RoutingMDP:
         """
         subset, price = self.decode(action), self.price
         cost = (self._by_sequence(subset.sum(1)) * self._unit_flops / self.meter.native_flops).float().flatten()
-        self._rollout.advance(subset)
+        self._rollout.advance(subset, self.compensation)
         self.subsets.append(subset)
         terminated = self._rollout.ended
         if terminated:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from envs.layout import ObservationLayout
 from moe_backbone import MoETransformer
+from moe_backbone.compensation import Compensation
 from moe_backbone.transformer import RoutingState
 
 BLOCK_TOKENS = 2048
@@ -133,10 +134,11 @@ class Rollout:
                 layout.fill(rows, self.backbone.observe(state))
         return observation
 
-    def advance(self, subset: Tensor) -> None:
-        """Run the current site with `subset`, bool (num_lanes, num_units)."""
+    def advance(self, subset: Tensor, compensation: Compensation | None = None) -> None:
+        """Run the current site with `subset`, bool (num_lanes, num_units), and constants for what it skips."""
         blocks = zip(self._states, subset.split(self._lanes), strict=True)
-        self._states = [self.backbone.advance(state, part) for state, part in blocks]
+        with self.backbone.compensated(compensation):
+            self._states = [self.backbone.advance(state, part) for state, part in blocks]
 
     def finish(self) -> Iterator[tuple[TokenBatch, Tensor]]:
         """Close the episode: each block and its logits (num_sequences, seq_len, vocab_size), float32."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from moe_backbone.compensation import HeadCompensation
 from moe_backbone.config import BackboneConfig
 from moe_backbone.kernels import Backend, head_attention, linear, rotate
 
@@ -84,21 +85,38 @@ class Attention(nn.Module):
         """Log-softmax of the head gate (num_tokens, num_heads), or None without one."""
         return None if self.gate is None else linear(features, self.gate.weight).log_softmax(1)
 
-    def forward(self, state: RoutingState, subset: Tensor, rotation: Tensor, backend: Backend = "auto") -> Tensor:
-        """Update of the residual stream (num_sequences, seq_len, hidden_size)."""
+    def forward(
+        self,
+        state: RoutingState,
+        subset: Tensor | None,
+        rotation: Tensor,
+        backend: Backend = "auto",
+        switch: Tensor | None = None,
+        compensation: HeadCompensation | None = None,
+    ) -> Tensor:
+        """Update of the residual stream (num_sequences, seq_len, hidden_size); see `MoETransformer.advance`."""
         hidden = state.features
         num_sequences, seq_len, _ = hidden.shape
         if state.scores is None:
             weights = hidden.new_ones(1, 1, 1).expand(num_sequences, seq_len, self.num_heads)
         else:
             weights = self.num_heads * state.scores.exp().unflatten(0, (num_sequences, seq_len))
+        on = subset if switch is None else switch
+        if switch is not None:  # heads add up: what one would add is its output, which is computed for all
+            weights = weights * switch.unflatten(0, (num_sequences, seq_len))
+            subset = torch.ones_like(switch, dtype=torch.bool)
+        assert subset is not None
         subset = subset.unflatten(0, (num_sequences, seq_len))
         block = num_sequences
         if state.cache is None and hidden.device.type == "cpu" and not torch.is_grad_enabled():
             block = max(1, BLOCK_TOKENS // max(1, seq_len))
         parts = zip(hidden.split(block), weights.split(block), subset.split(block), strict=True)
         updates = [self._update(state, *part, rotation, backend) for part in parts]
-        return updates[0] if len(updates) == 1 else torch.cat(updates)
+        update = updates[0] if len(updates) == 1 else torch.cat(updates)
+        if compensation is None:
+            return update
+        assert on is not None
+        return compensation(update.flatten(0, 1), on).view_as(update)
 
     def _update(
         self, state: RoutingState, hidden: Tensor, weights: Tensor, subset: Tensor, rotation: Tensor, backend: Backend

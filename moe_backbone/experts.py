@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_backbone.compensation import ExpertCompensation
 from moe_backbone.config import BackboneConfig
 from moe_backbone.kernels import Backend, Derived, expert_mlp, linear
+from moe_backbone.relaxed import mix_partly, switch_experts
 
 
 class ExpertLayer(nn.Module):
@@ -42,29 +44,50 @@ class ExpertLayer(nn.Module):
         """Log-softmax of the native gate (num_tokens, num_experts)."""
         return linear(features, self.gate.weight).log_softmax(1)
 
-    def forward(self, features: Tensor, scores: Tensor, subset: Tensor, backend: Backend = "auto") -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        scores: Tensor,
+        subset: Tensor | None,
+        backend: Backend = "auto",
+        switch: Tensor | None = None,
+        compensation: ExpertCompensation | None = None,
+    ) -> Tensor:
         """Update of the residual stream (num_sequences, seq_len, hidden_size).
 
         Args:
             features: Normalised input (num_sequences, seq_len, hidden_size).
             scores: Native gate (num_tokens, num_experts).
-            subset: Chosen experts, bool (num_tokens, num_experts).
+            subset: Chosen experts, bool (num_tokens, num_experts); None to run all to the degree of `switch`.
             backend: Which kernels run.
+            switch: For gradients, see `MoETransformer.advance`.
+            compensation: Constants in place of skipped experts.
         """
-        weights = mixing_weights(scores, subset, self.mixing)
         rows = features.flatten(0, 1)
-        if self.vector is None:
-            update = expert_mlp(rows, weights, subset, self.gate_up, self.down, backend)
+        if subset is None:
+            assert switch is not None
+            update = mix_partly(self, rows, scores, switch)
         else:
-            down, factors = self._scaled(self.down, self.vector)
-            total = weights @ factors
-            update = expert_mlp(rows, weights, subset, self.gate_up, down, backend)
-            update = update / total.masked_fill(total == 0, 1)  # an empty subset has no weight: its update stays zero
+            mixture = update = self._mix(rows, scores, subset, backend)
+            if compensation is not None:
+                update = compensation(mixture, subset.sum(1))
+            if switch is not None:
+                update = update + switch_experts(self, rows, scores, subset, mixture, switch, compensation)
         update = update.view_as(features)
         if self.shared is not None:
             gate, up = self.shared[0](features).chunk(2, dim=-1)
             update = update + self.shared[1](F.silu(gate) * up)
         return update
+
+    def _mix(self, rows: Tensor, scores: Tensor, subset: Tensor, backend: Backend) -> Tensor:
+        """Weighted sum of the chosen experts (num_tokens, hidden_size)."""
+        weights = mixing_weights(scores, subset, self.mixing)
+        if self.vector is None:
+            return expert_mlp(rows, weights, subset, self.gate_up, self.down, backend)
+        down, factors = self._scaled(self.down, self.vector)
+        total = weights @ factors
+        update = expert_mlp(rows, weights, subset, self.gate_up, down, backend)
+        return update / total.masked_fill(total == 0, 1)  # an empty subset has no weight: its update stays zero
 
 
 def mixing_weights(scores: Tensor, subset: Tensor, rule: str) -> Tensor:

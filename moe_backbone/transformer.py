@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_backbone.attention import Attention, KeyValueCache, rotation_table
+from moe_backbone.compensation import Compensation
 from moe_backbone.compute import transformer_sites
 from moe_backbone.config import BackboneConfig
 from moe_backbone.experts import ExpertLayer
@@ -61,6 +62,7 @@ class MoETransformer(nn.Module):
         self.config = config
         self.sites: tuple[RoutingSite, ...] = transformer_sites(config)
         self.backend: Backend = "auto"
+        self._compensation: tuple[Compensation | None] = (None,)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.norms = nn.ModuleList(nn.RMSNorm(config.hidden_size, eps=1e-6) for _ in range(2 * config.num_layers + 1))
         self.attentions = nn.ModuleList(Attention(config) for _ in range(config.num_layers))
@@ -132,20 +134,24 @@ class MoETransformer(nn.Module):
             tokens=state.tokens,
         )
 
-    def advance(self, state: RoutingState, subset: Tensor) -> RoutingState:
+    def advance(self, state: RoutingState, subset: Tensor | None, switch: Tensor | None = None) -> RoutingState:
         """Run the current site and stand before the next.
 
         Args:
             state: From `begin` or `advance`.
             subset: Chosen units, bool (num_tokens, num_units); an empty row leaves the residual stream unchanged
-                but for a shared expert.
+                but for a shared expert. None to run every unit to the degree of `switch`.
+            switch: For training by back-propagation, float of the same shape; every unit is computed. With a subset,
+                which its values must equal, its gradient is what turning a unit round would change. Without, degrees
+                in [0, 1] and their derivative.
         """
         sublayer = self._sublayer(state.site_index)
+        constants = None if self.compensation is None else self.compensation[state.site_index]
         if isinstance(sublayer, Attention):
             rotation = self.rotation[:, state.first_position : state.first_position + state.tokens.shape[1]]
-            update = sublayer(state, subset, rotation, self.backend)
+            update = sublayer(state, subset, rotation, self.backend, switch, constants)
         else:
-            update = sublayer(state.features, state.scores, subset, self.backend)
+            update = sublayer(state.features, state.scores, subset, self.backend, switch, constants)
         return self._stand_before(state, state.hidden + update, state.site_index + 1)
 
     def finish(self, state: RoutingState) -> Tensor:
@@ -161,16 +167,17 @@ class MoETransformer(nn.Module):
         price: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run every site under `router`.
+        """Run every site under `router`; its `compensation`, if it has one, stands in for what it skips.
 
         Returns:
             Logits (num_sequences, seq_len, vocab_size), and the subset used at each site.
         """
         state = self.begin(tokens, price, cache)
         subsets = []
-        while state.site_index < len(self.sites):
-            subsets.append(router.select(self.observe(state)))
-            state = self.advance(state, subsets[-1])
+        with self.compensated(getattr(router, "compensation", None)):
+            while state.site_index < len(self.sites):
+                subsets.append(router.select(self.observe(state)))
+                state = self.advance(state, subsets[-1])
         return self.finish(state), subsets
 
     def new_cache(self) -> KeyValueCache:
@@ -189,6 +196,25 @@ class MoETransformer(nn.Module):
             yield
         finally:
             self.backend = before
+
+    @property
+    def compensation(self) -> Compensation | None:
+        """What `advance` adds in place of skipped units; no part of the backbone, nor of its hash."""
+        return self._compensation[0]
+
+    def use_compensation(self, compensation: Compensation | None) -> None:
+        """Add these constants in place of skipped units from now on; their weights stay with their owner."""
+        self._compensation = (compensation,)  # in a tuple, as a module assigned to a module becomes a part of it
+
+    @contextmanager
+    def compensated(self, compensation: Compensation | None) -> Iterator[None]:
+        """The same meanwhile."""
+        before = self.compensation
+        self.use_compensation(compensation)
+        try:
+            yield
+        finally:
+            self.use_compensation(before)
 
     @property
     def hidden_size(self) -> int:

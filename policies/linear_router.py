@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_backbone.checks import require_price
+from moe_backbone.compensation import Compensation
 from moe_backbone.sites import RoutingSite, SiteView
 
 SCORE_FLOOR = -6.0
@@ -32,6 +33,7 @@ class RouterSpec:
         expert_slope: Prior logit of an expert with gate probability p is this times (log p - log expert_threshold).
         expert_threshold: Gate probability whose prior logit is 0; with more than 8 experts in proportion less.
         expert_clamp: Largest absolute prior logit of an expert.
+        compensation: Whether the router brings constants that stand in for skipped units.
     """
 
     hidden_size: int
@@ -42,6 +44,7 @@ class RouterSpec:
     expert_slope: float = 3.0
     expert_threshold: float = 0.2
     expert_clamp: float = 4.0
+    compensation: bool = False
 
     @property
     def max_units(self) -> int:
@@ -76,6 +79,7 @@ class LinearRouter(nn.Module):
     Attributes:
         weight: (num_sites, num_inputs, max_units).
         price_weight: Same shape.
+        compensation: Constants in place of skipped units, or None.
     """
 
     def __init__(self, spec: RouterSpec) -> None:
@@ -84,6 +88,7 @@ class LinearRouter(nn.Module):
         shape = (len(spec.sites), spec.num_inputs, spec.max_units)
         self.weight = nn.Parameter(torch.zeros(shape))
         self.price_weight = nn.Parameter(torch.zeros(shape))
+        self.compensation = Compensation(spec.sites, spec.hidden_size) if spec.compensation else None
         has_unit = torch.zeros(len(spec.sites), 1, spec.max_units)
         for index, site in enumerate(spec.sites):
             has_unit[index, 0, : site.num_units] = 1.0
@@ -96,11 +101,25 @@ class LinearRouter(nn.Module):
 
     @property
     def overhead_flops(self) -> int:
-        """FLOPs of the router for one token over all sites; half of it `at_price`."""
-        return 2 * 2 * self.spec.num_inputs * sum(site.num_units for site in self.spec.sites)
+        """FLOPs of the router for one token over all sites; without the price's product `at_price`."""
+        return 2 * self.map_flops + self.compensation_flops
+
+    @property
+    def map_flops(self) -> int:
+        """FLOPs of one linear map for one token over all sites."""
+        return 2 * self.spec.num_inputs * sum(site.num_units for site in self.spec.sites)
+
+    @property
+    def compensation_flops(self) -> int:
+        """FLOPs of the compensation for one token over all sites."""
+        return 0 if self.compensation is None else self.compensation.flops
+
+    def compensation_parameters(self) -> Iterator[nn.Parameter]:
+        """Weights of the compensation, none without one."""
+        return iter(()) if self.compensation is None else self.compensation.parameters()
 
     def at_price(self, price: float) -> PricedRouter:
-        """The router for one price, at half the cost.
+        """The router for one price, at about half the cost.
 
         Raises:
             ValueError: If the price is not positive and finite.
@@ -163,13 +182,17 @@ class LinearRouter(nn.Module):
         plain, priced = (inputs @ weights).chunk(2, dim=1)
         return torch.addcmul(plain + prior, self.centred_log_price(log_price), priced)
 
-    @torch.no_grad()
-    def select(self, view: SiteView) -> Tensor:
-        """Choose the units that run: bool (num_tokens, num_units)."""
+    def view_logits(self, view: SiteView) -> Tensor:
+        """Logits of the site's units (num_tokens, num_units), float32."""
         scores = nn.functional.pad(view.scores, (0, self.spec.max_units - view.site.num_units))
         inputs, prior = self.inputs(view.features, scores), self.site_prior(view.index, scores)
         logits = self.one_site_logits(view.index, inputs, prior, view.price.log().unsqueeze(1))
-        return logits[:, : view.site.num_units] > 0
+        return logits[:, : view.site.num_units]
+
+    @torch.no_grad()
+    def select(self, view: SiteView) -> Tensor:
+        """Choose the units that run: bool (num_tokens, num_units)."""
+        return self.view_logits(view) > 0
 
 
 class PricedRouter:
@@ -181,11 +204,13 @@ class PricedRouter:
 
     Attributes:
         overhead_flops: FLOPs for one token over all sites.
+        compensation: Constants in place of skipped units, or None.
     """
 
     def __init__(self, router: LinearRouter, price: float) -> None:
         self.router = router
-        self.overhead_flops = router.overhead_flops // 2
+        self.overhead_flops = router.map_flops + router.compensation_flops
+        self.compensation = router.compensation
         centred = router.centred_log_price(torch.tensor(price).log())
         self.weight = (router.weight + centred * router.price_weight).detach()
 

@@ -54,6 +54,8 @@ class RouterPolicy(ActorCriticPolicy):
     def _build(self, lr_schedule: Schedule) -> None:
         spec = RouterSpec.from_json(self.router_spec)
         self.router = LinearRouter(spec)
+        for weight in self.router.compensation_parameters():
+            weight.requires_grad_(False)  # a part of the environment: its training needs gradients through the backbone
         self.critic = nn.Sequential(
             nn.Linear(self.features_dim, self.critic_size), nn.Tanh(), nn.Linear(self.critic_size, 1)
         )

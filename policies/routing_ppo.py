@@ -94,6 +94,8 @@ class RoutingPPO(TensorPPO):
 
     def _setup_model(self) -> None:
         super()._setup_model()
+        if isinstance(self.policy, RouterPolicy) and hasattr(self.env, "mdp"):
+            self.env.mdp.compensation = self.policy.router.compensation  # type: ignore[union-attr]
         if self.advantage == "gae":
             return
         if isinstance(self.policy.optimizer, torch.optim.Adam):  # before a zip brings its state

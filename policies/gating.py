@@ -1,0 +1,205 @@
+"""Trains a router by back-propagation through the frozen backbone: a rival of PPO, and where PPO starts from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from moe_backbone.checks import require, require_at_least
+from moe_backbone.compute import ComputeMeter
+from moe_backbone.files import write_atomic
+from moe_backbone.quality import token_divergence, token_log_likelihood
+from moe_backbone.sites import SiteView
+from policies.linear_router import LinearRouter
+
+Relaxation = Literal["straight_through", "hard_concrete"]
+TEMPERATURE, STRETCH = 2 / 3, (-0.1, 1.1)
+"""Of hard-concrete gates, as in arXiv:1712.01312."""
+END_FACTOR = 0.03
+"""Share of the learning rate that is left at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatingConfig:
+    """How gates are trained.
+
+    Raises:
+        ValueError: If a value is impossible; the message gives name, rule and actual value.
+    """
+
+    steps: int = 400
+    """Optimiser steps; 0 for none."""
+    num_sequences: int = 8
+    """Sequences of a step."""
+    learning_rate: float = 3e-3
+    """Adam's learning rate at the start; falls linearly to 3 % of it."""
+    relaxation: Relaxation = "straight_through"
+    """`straight_through`: units are sampled, and a bit's gradient is what turning its unit round would change, to first
+    order. `hard_concrete`: units run to a sampled degree (arXiv:1712.01312)."""
+    price_balance: float = 0.5
+    """Sequences count in proportion to `price ** -price_balance`."""
+    max_grad_norm: float = 0.5
+    """Clip of the gradient's norm, for the router and for its compensation each."""
+    save_every: int = 50
+    """Steps between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "steps")
+        require_at_least(self, 1, "num_sequences", "save_every")
+        require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}")
+        known = get_args(Relaxation)
+        require(self.relaxation in known, f"relaxation must be one of {', '.join(known)}, got {self.relaxation!r}")
+
+
+class Batch(Protocol):
+    """Text of a step, as `envs.TokenBatch` has it, each sequence once."""
+
+    tokens: Tensor
+    targets: Tensor
+    price: Tensor
+    native: Tensor
+
+
+class GateTrainer:
+    """Trains a `LinearRouter`, and its compensation if it has one, on quality minus price times expected compute.
+
+    Args:
+        router: Trained in place.
+        backbone: Frozen `MoETransformer`.
+        draw: Returns the next `Batch`.
+        config: How.
+        quality: `kl` or `log_likelihood`, as in the environment.
+        seed: Of the sampled units.
+        checkpoint: File to go on from if it exists, and to keep the training in; None for neither.
+        generators: State of what `draw` draws from: a getter and a setter of JSON values, for exact resumption.
+
+    Raises:
+        ValueError: If the quality has no gradient.
+    """
+
+    def __init__(
+        self,
+        router: LinearRouter,
+        backbone: Any,
+        draw: Callable[[], Batch],
+        config: GatingConfig,
+        *,
+        quality: str = "kl",
+        seed: int = 0,
+        checkpoint: Path | None = None,
+        generators: tuple[Callable[[], Any], Callable[[Any], None]] | None = None,
+    ) -> None:
+        require(quality in ("kl", "log_likelihood"), f"quality must be kl or log_likelihood for gates, got {quality}")
+        self.router, self.backbone, self.draw, self.config, self.quality = router, backbone, draw, config, quality
+        self.checkpoint, self.generators, self.step = checkpoint, generators, 0
+        self.meter = ComputeMeter(backbone.sites, backbone.config.seq_len)
+        self.noise = torch.Generator().manual_seed(seed)
+        maps, constants = [router.weight, router.price_weight], list(router.compensation_parameters())
+        self.groups = [group for group in (maps, constants) if group]
+        self.optimizer = torch.optim.Adam(maps + constants, lr=config.learning_rate, eps=1e-5)
+        if checkpoint is not None and checkpoint.exists():
+            self._restore(checkpoint)
+
+    def run(self, *, progress: bool = True, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Train to the end; False if `stop`, asked before every step, ended it, after a checkpoint was written."""
+        total = self.config.steps
+        before = [weight.requires_grad for group in self.groups for weight in group]
+        for group in self.groups:
+            for weight in group:
+                weight.requires_grad_(True)
+        with tqdm(total=total, initial=self.step, desc="gates", unit="step", disable=not progress or None) as bar:
+            while self.step < total and not stop():
+                loss, compute = self._train_step()
+                self.step += 1
+                if self.step % self.config.save_every == 0:
+                    bar.set_postfix(loss=f"{loss:.3f}", compute=f"{compute:.3f}", refresh=False)
+                    self._save()
+                bar.update()
+        for weight, was in zip((weight for group in self.groups for weight in group), before, strict=True):
+            weight.requires_grad_(was)
+        if self.step < total:
+            self._save()
+        return self.step >= total
+
+    def _train_step(self) -> tuple[Tensor, Tensor]:
+        remaining = 1 - self.step / self.config.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * (END_FACTOR + (1 - END_FACTOR) * remaining)
+        loss, compute = self._loss(self.draw())
+        self.optimizer.zero_grad()
+        loss.backward()
+        for weights in self.groups:
+            torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm)
+        self.optimizer.step()
+        return loss.detach(), compute.mean().detach()
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Weighted mean of loss plus price times expected compute, and that compute of each token."""
+        seq_len = batch.tokens.shape[1]
+        price = batch.price.repeat_interleave(seq_len)
+        with self.backbone.compensated(self.router.compensation):
+            logits, compute = self._episode(batch.tokens, price)
+        if self.quality == "kl":
+            lost = token_divergence(batch.native, logits)
+        else:
+            lost = -token_log_likelihood(logits, batch.targets)
+        weight = price**-self.config.price_balance
+        return (weight * (lost.flatten() + price * compute)).mean(), compute
+
+    def _episode(self, tokens: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of sampled routing, and the expected compute of each token, both with gradients."""
+        state, compute = self.backbone.begin(tokens, price), torch.zeros_like(price)
+        while state.site_index < len(self.backbone.sites):
+            view = self.backbone.observe(state)
+            logits = self.router.view_logits(_detached(view))
+            unit = self.meter.unit_flops(view.index, state.positions) / self.meter.native_flops
+            if self.config.relaxation == "straight_through":
+                chance = logits.sigmoid()
+                subset = self._uniform(chance) < chance
+                state = self.backbone.advance(state, subset, subset + (chance - chance.detach()))
+            else:
+                low, high = STRETCH
+                chance = (logits - TEMPERATURE * torch.tensor(-low / high).log().to(logits)).sigmoid()
+                degree = ((self._uniform(logits).logit(1e-6) + logits) / TEMPERATURE).sigmoid() * (high - low) + low
+                state = self.backbone.advance(state, None, degree.clamp(0, 1))
+            compute = compute + chance.sum(1) * unit.float()
+        return self.backbone.finish(state), compute
+
+    def _uniform(self, like: Tensor) -> Tensor:
+        return torch.rand(like.shape, generator=self.noise).to(like.device)
+
+    def _save(self) -> None:
+        if self.checkpoint is None:
+            return
+        kept = json.dumps(self.generators[0]()) if self.generators else ""
+        state = {"step": self.step, "noise": self.noise.get_state(), "generators": kept}
+        state |= {"router": self.router.state_dict(), "optimizer": self.optimizer.state_dict()}
+        write_atomic(self.checkpoint, lambda path: torch.save(state, path))
+
+    def _restore(self, path: Path) -> None:
+        state = torch.load(path, map_location=self.router.weight.device, weights_only=True)
+        self.step = state["step"]
+        self.noise.set_state(state["noise"].cpu())
+        self.router.load_state_dict(state["router"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.generators and state["generators"]:
+            self.generators[1](json.loads(state["generators"]))
+
+
+def _detached(view: SiteView) -> SiteView:
+    """A router judges what it sees; what it sees is not changed to please it."""
+    return SiteView(
+        index=view.index,
+        site=view.site,
+        features=view.features.detach(),
+        scores=view.scores.detach(),
+        price=view.price,
+        tokens=view.tokens,
+    )
