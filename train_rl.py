@@ -27,7 +27,7 @@ from stable_baselines3.common.logger import Figure, configure
 from stable_baselines3.common.utils import LinearSchedule
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from envs import CorpusSource, EnvConfig, RoutingVecEnv
+from envs import CorpusSource, EnvConfig, RoutingMDP, RoutingVecEnv
 from evaluate_rl import EvaluationConfig, LearnedPoint, evaluate, held_out_evaluator, write_report
 from evaluation import Evaluator, loss_at, tradeoff_figure, usage_figure
 from moe_backbone import BackboneConfig, MoETransformer
@@ -36,7 +36,8 @@ from moe_backbone.corpus import Corpus, load_corpus
 from moe_backbone.files import write_atomic
 from moe_backbone.pretrain import PretrainConfig, load_or_train
 from policies.callbacks import PeriodicEvaluation, PeriodicSave, ProgressBar, RoutingMetrics
-from policies.linear_router import RouterSpec
+from policies.gating import GateTrainer, GatingConfig
+from policies.linear_router import LinearRouter, RouterSpec
 from policies.portable import save_router
 from policies.routing_ppo import RoutingPPO
 from run_folder import describe_run, new_run_folder, read_config
@@ -87,8 +88,8 @@ class TrainConfig:
     """Folder of the run, made new; None for runs/DATE-TIME-seedN."""
     resume: Path | None = None
     """Folder of an interrupted run to go on with; its own settings are used, all others here are ignored."""
-    total_timesteps: int = 26_000_000
-    """(token, site) decisions to learn from; rounded up to whole updates."""
+    total_timesteps: int = 13_000_000
+    """(token, site) decisions that PPO learns from, after the warm start; rounded up to whole updates."""
     seed: int = 0
     """Seed of routers, rollouts and the text drawn; the backbone has its own, `pretrain.seed`."""
     device: str = "auto"
@@ -108,6 +109,9 @@ class TrainConfig:
     backbone: BackboneConfig = BackboneConfig()
     pretrain: PretrainConfig = PretrainConfig()
     env: EnvConfig = EnvConfig(rollouts_per_sequence=4, price_low=0.01, price_high=2.5)
+    compensation: bool = True
+    """Whether the router brings constants that stand in for skipped units; trained in the warm start, then kept."""
+    warm_start: GatingConfig = GatingConfig()
     ppo: PPOConfig = PPOConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -172,6 +176,7 @@ def build_model(config: TrainConfig, backbone: MoETransformer, corpus: Corpus) -
         sites=tuple(backbone.sites),
         price_low=config.env.price_low,
         price_high=config.env.price_high,
+        compensation=config.compensation,
     )
     return RoutingPPO(
         "RouterPolicy",
@@ -187,6 +192,40 @@ def build_model(config: TrainConfig, backbone: MoETransformer, corpus: Corpus) -
         policy_kwargs={"router_spec": spec.to_json(), "critic": ppo.advantage == "gae"},
         seed=config.seed,
         device=next(backbone.parameters()).device,
+    )
+
+
+def build_gates(
+    config: TrainConfig,
+    gating: GatingConfig,
+    router: LinearRouter,
+    backbone: MoETransformer,
+    corpus: Corpus,
+    **kept: Any,
+) -> GateTrainer:
+    """Training of a router by back-propagation on the run's text and prices; `kept` goes to `GateTrainer`."""
+    rules = replace(config.env, rollouts_per_sequence=1, action="subset")
+    source = CorpusSource(corpus.train, backbone.config.seq_len)
+    mdp = RoutingMDP(backbone, source, rules, num_sequences=gating.num_sequences)
+    generator = np.random.default_rng(config.seed)
+
+    def restore(state: Any) -> None:
+        generator.bit_generator.state = state
+
+    quality: str = config.env.quality
+    if quality == "accuracy":
+        logger.info("gates: accuracy has no gradient, so they learn from log-likelihood")
+        quality = "log_likelihood"
+    generators = (lambda: generator.bit_generator.state, restore)
+    return GateTrainer(
+        router,
+        backbone,
+        lambda: mdp.draw(generator),
+        gating,
+        quality=quality,
+        seed=config.seed,
+        generators=generators,
+        **kept,
     )
 
 
@@ -231,10 +270,31 @@ class Run:
             bar = ProgressBar(self.config.total_timesteps)
             with _asked_to_stop(saver), closing(bar):
                 fresh = self.model.num_timesteps == 0
+                if fresh:
+                    self._warm_start(saver)
                 self.model.learn(remaining, callback=self._callbacks(saver, bar), reset_num_timesteps=fresh)
             self.save()
         write_atomic(self.folder / "router.zip", lambda path: self.model.save(path))
         save_router(self.model.policy.router, self.folder, self.backbone)  # type: ignore[arg-type]
+
+    def _warm_start(self, saver: PeriodicSave) -> None:
+        """Train the router by back-propagation first.
+
+        Raises:
+            KeyboardInterrupt: If a stop was asked for; the training so far is kept.
+        """
+
+        def report(step: int, figures: dict[str, float]) -> None:
+            for name, value in figures.items():
+                self.model.logger.record(f"warm_start/{name}", value)
+            self.model.logger.dump(step)
+
+        router, gating = self.model.policy.router, self.config.warm_start
+        kept = self.folder / "checkpoints" / "gates.pt"
+        parts = (self.corpus, self.backbone)
+        trainer = build_gates(self.config, gating, router, parts, checkpoint=kept, report=report)  # type: ignore[arg-type]
+        if not trainer.run(stop=lambda: saver.stop_requested):
+            raise KeyboardInterrupt
 
     def _callbacks(self, saver: PeriodicSave, bar: ProgressBar) -> CallbackList:
         config = self.config

@@ -78,6 +78,7 @@ class GateTrainer:
         quality: `kl` or `log_likelihood`, as in the environment.
         seed: Of the sampled units.
         checkpoint: File to go on from if it exists, and to keep the training in; None for neither.
+        report: Called with the step and figures by name whenever a checkpoint is due.
         generators: State of what `draw` draws from: a getter and a setter of JSON values, for exact resumption.
 
     Raises:
@@ -94,11 +95,12 @@ class GateTrainer:
         quality: str = "kl",
         seed: int = 0,
         checkpoint: Path | None = None,
+        report: Callable[[int, dict[str, float]], None] = lambda step, figures: None,
         generators: tuple[Callable[[], Any], Callable[[Any], None]] | None = None,
     ) -> None:
         require(quality in ("kl", "log_likelihood"), f"quality must be kl or log_likelihood for gates, got {quality}")
         self.router, self.backbone, self.draw, self.config, self.quality = router, backbone, draw, config, quality
-        self.checkpoint, self.generators, self.step = checkpoint, generators, 0
+        self.checkpoint, self.report, self.generators, self.step = checkpoint, report, generators, 0
         self.meter = ComputeMeter(backbone.sites, backbone.config.seq_len)
         self.noise = torch.Generator().manual_seed(seed)
         maps, constants = [router.weight, router.price_weight], list(router.compensation_parameters())
@@ -110,25 +112,24 @@ class GateTrainer:
     def run(self, *, progress: bool = True, stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end; False if `stop`, asked before every step, ended it, after a checkpoint was written."""
         total = self.config.steps
-        before = [weight.requires_grad for group in self.groups for weight in group]
-        for group in self.groups:
-            for weight in group:
+        weights = [weight for group in self.groups for weight in group]
+        before = [weight.requires_grad for weight in weights]
+        with tqdm(total=total, initial=self.step, desc="gates", unit="step", disable=None if progress else True) as bar:
+            for weight in weights:
                 weight.requires_grad_(True)
-        with tqdm(total=total, initial=self.step, desc="gates", unit="step", disable=not progress or None) as bar:
             while self.step < total and not stop():
-                loss, compute = self._train_step()
-                self.step += 1
-                if self.step % self.config.save_every == 0:
-                    bar.set_postfix(loss=f"{loss:.3f}", compute=f"{compute:.3f}", refresh=False)
-                    self._save()
+                figures = self._train_step()
                 bar.update()
-        for weight, was in zip((weight for group in self.groups for weight in group), before, strict=True):
+                if self.step % self.config.save_every == 0 or self.step == total:
+                    self._save(dict(zip(("loss", "compute"), figures.tolist(), strict=True)), bar)
+        for weight, was in zip(weights, before, strict=True):
             weight.requires_grad_(was)
         if self.step < total:
-            self._save()
+            self._write()
         return self.step >= total
 
-    def _train_step(self) -> tuple[Tensor, Tensor]:
+    def _train_step(self) -> Tensor:
+        """One step: loss and mean expected compute."""
         remaining = 1 - self.step / self.config.steps
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * (END_FACTOR + (1 - END_FACTOR) * remaining)
@@ -138,7 +139,8 @@ class GateTrainer:
         for weights in self.groups:
             torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm)
         self.optimizer.step()
-        return loss.detach(), compute.mean().detach()
+        self.step += 1
+        return torch.stack((loss, compute.mean())).detach()
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Weighted mean of loss plus price times expected compute, and that compute of each token."""
@@ -175,7 +177,12 @@ class GateTrainer:
     def _uniform(self, like: Tensor) -> Tensor:
         return torch.rand(like.shape, generator=self.noise).to(like.device)
 
-    def _save(self) -> None:
+    def _save(self, figures: dict[str, float], bar: Any) -> None:
+        bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()}, refresh=False)
+        self.report(self.step, figures)
+        self._write()
+
+    def _write(self) -> None:
         if self.checkpoint is None:
             return
         kept = json.dumps(self.generators[0]()) if self.generators else ""
