@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from moe_backbone.compensation import HeadCompensation
 from moe_backbone.config import BackboneConfig
-from moe_backbone.kernels import Backend, head_attention, linear, rotate
+from moe_backbone.kernels import Backend, Derived, head_attention, kept_head_attention, linear, rotate
+from moe_backbone.sites import HeadMeaning
 
 if TYPE_CHECKING:
     from moe_backbone.transformer import RoutingState
@@ -65,8 +66,57 @@ class KeyValueCache:
         return torch.is_inference_mode_enabled() or not memory.is_inference()
 
 
+class KeptCache:
+    """Keys and values of the tokens decoded so far, of each token only in the heads that it used.
+
+    Args:
+        num_layers: Layers of the backbone.
+
+    Attributes:
+        length: Tokens that went through all layers.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.length = 0
+        self._rows: list[list[Tensor]] = [[] for _ in range(num_layers)]
+        self._kept: list[Tensor | None] = [None] * num_layers
+
+    def counts(self, layer: int) -> Tensor | None:
+        """Keys kept of the first `length` tokens (num_sequences, num_heads), int64; None where nothing was written."""
+        kept = self._kept[layer]
+        return None if kept is None else kept[:, : self.length].sum(1)
+
+    def past(self, layer: int, num_sequences: int) -> list[Tensor]:
+        """Rotated keys and values of the first `length` tokens, as `kept_head_attention` takes them.
+
+        Raises:
+            ValueError: If other sequences are in the cache.
+        """
+        counts = self.counts(layer)
+        if counts is None:
+            return []
+        if len(counts) != num_sequences:
+            raise ValueError(f"cache must get the same {len(counts)} sequences again, got {num_sequences}")
+        lengths = counts.t().flatten().tolist()
+        return [rows[:, :length] for rows, length in zip(self._rows[layer], lengths, strict=True)]
+
+    def extend(self, layer: int, subset: Tensor, rows: Tensor) -> None:
+        """Write new tokens behind `length`.
+
+        Args:
+            layer: Whose keys and values these are.
+            subset: Heads that the tokens use, bool (num_sequences, num_new, num_heads).
+            rows: Keys and values as `kept_head_attention` returns them.
+        """
+        past, kept = self.past(layer, len(subset)), self._kept[layer]
+        new = rows.split(subset.sum(1).t().flatten().tolist(), dim=1)
+        pairs = zip(past, new, strict=True) if past else ((part[:, :0], part) for part in new)
+        self._rows[layer] = [torch.cat(pair, dim=1) if pair[1].shape[1] else pair[0] for pair in pairs]
+        self._kept[layer] = subset if kept is None else torch.cat((kept[:, : self.length], subset), dim=1)
+
+
 class Attention(nn.Module):
-    """Causal multi-head attention; keys and values of every head are computed for every token.
+    """Causal multi-head attention; what a token skips in a head that it does not use is the caller's choice.
 
     Args:
         config: `head_gate` adds a gate whose probabilities, times `num_heads`, weight the heads.
@@ -80,6 +130,7 @@ class Attention(nn.Module):
         self.key_value = nn.Parameter(torch.randn(width, 2 * width) * width**-0.5)
         self.output = nn.Parameter(torch.randn(heads, size, width) * (2 * config.num_layers * width) ** -0.5)
         self.gate = nn.Linear(width, heads, bias=False) if config.head_gate else None
+        self._projection = Derived(projection_by_head)
 
     def scores(self, features: Tensor) -> Tensor | None:
         """Log-softmax of the head gate (num_tokens, num_heads), or None without one."""
@@ -91,6 +142,7 @@ class Attention(nn.Module):
         subset: Tensor | None,
         rotation: Tensor,
         backend: Backend = "auto",
+        head_meaning: HeadMeaning = "query",
         switch: Tensor | None = None,
         compensation: HeadCompensation | None = None,
     ) -> Tensor:
@@ -111,7 +163,8 @@ class Attention(nn.Module):
         if state.cache is None and hidden.device.type == "cpu" and not torch.is_grad_enabled():
             block = max(1, BLOCK_TOKENS // max(1, seq_len))
         parts = zip(hidden.split(block), weights.split(block), subset.split(block), strict=True)
-        updates = [self._update(state, *part, rotation, backend) for part in parts]
+        run = self._update if head_meaning == "query" else self._update_kept
+        updates = [run(state, *part, rotation, backend) for part in parts]
         update = updates[0] if len(updates) == 1 else torch.cat(updates)
         if compensation is None:
             return update
@@ -127,9 +180,37 @@ class Attention(nn.Module):
             for part in linear(hidden, self.key_value, outputs_first=False).chunk(2, dim=2)
         )
         keys = rotate(keys, rotation)
-        if state.cache is not None:
+        if isinstance(state.cache, KeyValueCache):
             keys, values = state.cache.extend(state.site_index // 2, keys, values)
         return head_attention(hidden, weights, subset, self.query, keys, values, self.output, rotation, backend)
+
+    def _update_kept(
+        self, state: RoutingState, hidden: Tensor, weights: Tensor, subset: Tensor, rotation: Tensor, backend: Backend
+    ) -> Tensor:
+        """The same where only tokens that use a head are keys there."""
+        (projection,) = self._projection(self.query, self.key_value)
+        layer, cache = state.site_index // 2, state.cache
+        past = cache.past(layer, len(hidden)) if isinstance(cache, KeptCache) else []
+        update, rows = kept_head_attention(
+            hidden, weights, subset, projection, self.output, rotation, past, backend=backend
+        )
+        if isinstance(cache, KeptCache):
+            cache.extend(layer, subset, rows)
+        return update
+
+
+def projection_by_head(query: Tensor, key_value: Tensor) -> tuple[Tensor]:
+    """All that a head makes of a token, side by side.
+
+    Args:
+        query: (num_heads, hidden_size, head_size).
+        key_value: Keys of all heads, then values of all heads (hidden_size, 2 * num_heads * head_size).
+
+    Returns:
+        Query, key and value projections (num_heads, hidden_size, 3 * head_size).
+    """
+    keys, values = (part.unflatten(1, (len(query), -1)).transpose(0, 1) for part in key_value.chunk(2, dim=1))
+    return (torch.cat((query, keys, values), dim=2),)
 
 
 def rotation_table(config: BackboneConfig) -> Tensor:

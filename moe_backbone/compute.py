@@ -1,7 +1,8 @@
 """FLOPs of a site, of a subset, of a run. Multiplications and additions are counted separately.
 
 Only what is really skipped counts as saved: keys and values of a head are computed for every token, as later tokens
-attend to them, so they belong to the fixed part.
+attend to them, so they belong to the fixed part. Under the head meaning `query_key_value` they are skipped, so they
+belong to the unit, which then attends to no more keys than were kept.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from moe_backbone.config import BackboneConfig
-from moe_backbone.sites import RoutingSite
+from moe_backbone.sites import HeadMeaning, RoutingSite
 
 
-def transformer_sites(config: BackboneConfig) -> tuple[RoutingSite, ...]:
+def transformer_sites(config: BackboneConfig, head_meaning: HeadMeaning = "query") -> tuple[RoutingSite, ...]:
     """The two sites of every layer, in running order."""
-    heads_flops = 4 * config.hidden_size * config.head_size  # query and output projection
+    drops_keys = head_meaning == "query_key_value"
+    projections = 4 if drops_keys else 2  # query and output; then also key and value
+    heads_flops = projections * 2 * config.hidden_size * config.head_size
     expert_flops = 6 * config.hidden_size * config.intermediate_size  # gate, up and down projection
     sites = []
     for layer in range(config.num_layers):
@@ -29,6 +32,7 @@ def transformer_sites(config: BackboneConfig) -> tuple[RoutingSite, ...]:
                 native_units=config.num_heads,
                 unit_flops=heads_flops,
                 unit_flops_per_key=4 * config.head_size,  # score and mix
+                drops_keys=drops_keys,
             )
         )
         sites.append(
@@ -43,13 +47,15 @@ def transformer_sites(config: BackboneConfig) -> tuple[RoutingSite, ...]:
     return tuple(sites)
 
 
-def fixed_flops(config: BackboneConfig) -> int:
+def fixed_flops(config: BackboneConfig, head_meaning: HeadMeaning = "query") -> int:
     """FLOPs of one token that no routing can save: keys, values, native gates, shared expert, output head.
+
+    Keys and values are not among them under `query_key_value`.
 
     As everywhere, products count and element-wise work does not: a gate vector adds the product of the mixing weights
     with its factors, `2 * num_experts * hidden_size` a layer, but not the division by it.
     """
-    layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.num_experts
+    layer = 4 * config.hidden_size**2 * (head_meaning == "query") + 2 * config.hidden_size * config.num_experts
     layer += 2 * config.hidden_size * config.num_experts * (config.mixing == "gate_vector")
     layer += 6 * config.hidden_size * config.shared_intermediate_size
     layer += 2 * config.hidden_size * config.num_heads * config.head_gate
@@ -63,28 +69,79 @@ class ComputeMeter:
     the tokens of full sequences is exactly 1.0 under native routing.
     """
 
-    def __init__(self, sites: Sequence[RoutingSite], seq_len: int) -> None:
-        """Precompute the native cost of a token in a sequence of `seq_len` tokens."""
+    def __init__(self, sites: Sequence[RoutingSite], seq_len: int, bytes_per_number: int = 4) -> None:
+        """Precompute the native cost of a token in a sequence of `seq_len` tokens; keys and values are float32."""
         self.sites = tuple(sites)
         self.seq_len = seq_len
+        self.bytes_per_number = bytes_per_number
         mean_keys = (seq_len + 1) / 2
         self.native_flops = sum(
             site.native_units * (site.unit_flops + site.unit_flops_per_key * mean_keys) for site in sites
         )
         """Routable FLOPs of one token under native routing, mean over a full sequence."""
+        self.native_cache_bytes = bytes_per_number * sum(site.num_units * site.unit_cached_numbers for site in sites)
+        """Bytes of keys and values of one token under native routing, over all sites."""
 
     def unit_flops(self, index: int, positions: Tensor) -> Tensor:
-        """FLOPs of one unit of site `index` for tokens at `positions`, counted from 0: float64, same shape."""
+        """FLOPs of one unit of site `index` for tokens at `positions`, counted from 0: float64, same shape.
+
+        Every earlier token is taken to be a key, which is the most that a unit costs where the site drops keys.
+        """
         site = self.sites[index]
         return site.unit_flops + site.unit_flops_per_key * (positions.double() + 1)
 
-    def flops(self, index: int, subset: Tensor, positions: Tensor) -> Tensor:
-        """FLOPs that `subset`, bool (num_tokens, num_units), costs each token: float64 (num_tokens,)."""
-        return subset.sum(1) * self.unit_flops(index, positions)
+    def flops(self, index: int, subset: Tensor, positions: Tensor, earlier: Tensor | None = None) -> Tensor:
+        """FLOPs that a subset costs each token.
 
-    def compute(self, index: int, subset: Tensor, positions: Tensor) -> Tensor:
+        Args:
+            index: Which site.
+            subset: Chosen units, bool (num_tokens, num_units), sequence after sequence.
+            positions: Place of each token in its sequence, counted from 0 (num_tokens,), int64.
+            earlier: Keys that the units keep of tokens before these (num_sequences, num_units), int64, where a cache
+                holds them; see `RoutingState.earlier_keys`. Read where the site drops keys.
+
+        Returns:
+            float64 (num_tokens,).
+        """
+        site = self.sites[index]
+        if not site.drops_keys:
+            return subset.sum(1) * self.unit_flops(index, positions)
+        keys = attended_keys(subset, positions, earlier)
+        return (subset.sum(1) * site.unit_flops + keys.sum(1) * site.unit_flops_per_key).double()
+
+    def compute(self, index: int, subset: Tensor, positions: Tensor, earlier: Tensor | None = None) -> Tensor:
         """The same as a fraction of the native cost over all sites: float32 (num_tokens,)."""
-        return (self.flops(index, subset, positions) / self.native_flops).float()
+        return (self.flops(index, subset, positions, earlier) / self.native_flops).float()
+
+    def cache_bytes(self, index: int, subset: Tensor) -> Tensor:
+        """Bytes of keys and values that each token leaves at site `index` for later ones: float32 (num_tokens,).
+
+        Over `native_cache_bytes`, and summed over the sites, this is a token's share of the native cache.
+        """
+        site = self.sites[index]
+        kept = subset if site.drops_keys else torch.ones_like(subset)
+        return kept.sum(1).float() * (site.unit_cached_numbers * self.bytes_per_number)
+
+
+def attended_keys(subset: Tensor, positions: Tensor, earlier: Tensor | None = None) -> Tensor:
+    """Keys that each token attends to where only tokens that use a head are keys there: its own and those before it.
+
+    Args:
+        subset: Chosen heads, bool (num_tokens, num_heads), sequence after sequence.
+        positions: Place of each token in its sequence, without gaps (num_tokens,), int64.
+        earlier: Keys kept of tokens before these (num_sequences, num_heads), int64.
+
+    Returns:
+        int64 (num_tokens, num_heads); zeros where `subset` is False.
+
+    Example: a head used by the first and the third of three tokens gives 1, 0, 2.
+    """
+    kept = subset.cumsum(0)
+    first = torch.arange(len(subset), device=subset.device) - (positions - positions[:1])
+    keys = kept - (kept - subset.long()).index_select(0, first)
+    if earlier is not None:
+        keys = keys + earlier.repeat_interleave(len(subset) // max(1, len(earlier)), 0)
+    return keys * subset
 
 
 def native_shares(meter: ComputeMeter) -> Tensor:

@@ -9,6 +9,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+HeadMeaning = Literal["query", "query_key_value"]
+"""What a token skips in a head that it does not use. `query`: only to attend, as later tokens attend to its key and
+value. `query_key_value`: these too, so later tokens cannot attend to it there, and nothing of it is cached."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingSite:
@@ -27,6 +31,13 @@ class RoutingSite:
     """FLOPs of one unit for one token, whatever its position."""
     unit_flops_per_key: int = 0
     """FLOPs of one unit for one token and one attended key; 0 for experts."""
+    drops_keys: bool = False
+    """Whether only tokens that use a unit are keys there (`query_key_value`); otherwise every token is a key."""
+
+    @property
+    def unit_cached_numbers(self) -> int:
+        """Numbers that one unit keeps of one token for later ones, its key and its value; 0 for experts."""
+        return self.unit_flops_per_key // 2  # each is multiplied and added once for every token that attends to it
 
     @property
     def name(self) -> str:

@@ -6,17 +6,19 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_backbone.attention import Attention, KeyValueCache, rotation_table
+from moe_backbone.attention import Attention, KeptCache, KeyValueCache, rotation_table
+from moe_backbone.checks import require
 from moe_backbone.compensation import Compensation
 from moe_backbone.compute import transformer_sites
 from moe_backbone.config import BackboneConfig
 from moe_backbone.experts import ExpertLayer
 from moe_backbone.kernels import Backend, linear
-from moe_backbone.sites import NativeRouter, Router, RoutingSite, SiteView
+from moe_backbone.sites import HeadMeaning, NativeRouter, Router, RoutingSite, SiteView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class RoutingState:
     site_index: int
     first_position: int
     """Position of the first token in its sequence; above 0 when a cache holds earlier tokens."""
-    cache: KeyValueCache | None = field(repr=False)
+    cache: KeyValueCache | KeptCache | None = field(repr=False)
 
     @property
     def positions(self) -> Tensor:
@@ -44,6 +46,14 @@ class RoutingState:
         num_sequences, seq_len = self.tokens.shape
         positions = torch.arange(self.first_position, self.first_position + seq_len, device=self.tokens.device)
         return positions.repeat(num_sequences)
+
+    @property
+    def earlier_keys(self) -> Tensor | None:
+        """Keys that the heads of the current layer keep of tokens before these (num_sequences, num_heads), int64.
+
+        None where there are none, and where every token is a key.
+        """
+        return self.cache.counts(self.site_index // 2) if isinstance(self.cache, KeptCache) else None
 
 
 class MoETransformer(nn.Module):
@@ -53,14 +63,15 @@ class MoETransformer(nn.Module):
         config: Sizes and rules.
 
     Attributes:
-        sites: `2 * num_layers` routed sites in running order.
+        sites: `2 * num_layers` routed sites in running order; what a unit costs there follows `head_meaning`.
         backend: Which kernels run; see `moe_backbone.kernels`.
+        head_meaning: What a token skips in a head that it does not use; any weights run under either meaning.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
-        self.sites: tuple[RoutingSite, ...] = transformer_sites(config)
+        self.head_meaning = "query"
         self.backend: Backend = "auto"
         self._compensation: tuple[Compensation | None] = (None,)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -73,7 +84,21 @@ class MoETransformer(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.5)
         nn.init.normal_(self.output_head.weight, std=config.hidden_size**-0.5)
 
-    def begin(self, tokens: Tensor, price: Tensor | None = None, cache: KeyValueCache | None = None) -> RoutingState:
+    @property
+    def head_meaning(self) -> HeadMeaning:
+        """What a token skips in a head that it does not use."""
+        return self._head_meaning
+
+    @head_meaning.setter
+    def head_meaning(self, meaning: HeadMeaning) -> None:
+        rule = "must be 'query' or 'query_key_value'"
+        require(meaning in ("query", "query_key_value"), f"head_meaning {rule}, got {meaning!r}")
+        self._head_meaning = meaning
+        self.sites: tuple[RoutingSite, ...] = transformer_sites(self.config, meaning)
+
+    def begin(
+        self, tokens: Tensor, price: Tensor | None = None, cache: KeyValueCache | KeptCache | None = None
+    ) -> RoutingState:
         """Embed tokens and stand before the first site.
 
         Args:
@@ -82,7 +107,8 @@ class MoETransformer(nn.Module):
             cache: Keys and values of earlier tokens of the same sequences; grown in place by `advance`.
 
         Raises:
-            ValueError: If the tokens have another shape, or reach past the longest sequence.
+            ValueError: If the tokens have another shape, or reach past the longest sequence, or the cache was made
+                under another head meaning.
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens must have shape (num_sequences, seq_len), got {tuple(tokens.shape)}")
@@ -90,6 +116,10 @@ class MoETransformer(nn.Module):
         if first_position + tokens.shape[1] > self.rotation.shape[1]:
             raise ValueError(
                 f"sequence length must be at most {self.rotation.shape[1]}, got {first_position + tokens.shape[1]}"
+            )
+        if cache is not None and isinstance(cache, KeptCache) != (self.head_meaning == "query_key_value"):
+            raise ValueError(
+                f"cache must be made under head_meaning {self.head_meaning!r}, got a {type(cache).__name__}"
             )
         if price is None:
             price = torch.zeros(tokens.numel(), device=tokens.device)
@@ -149,7 +179,9 @@ class MoETransformer(nn.Module):
         constants = None if self.compensation is None else self.compensation[state.site_index]
         if isinstance(sublayer, Attention):
             rotation = self.rotation[:, state.first_position : state.first_position + state.tokens.shape[1]]
-            update = sublayer(state, subset, rotation, self.backend, switch, constants)
+            if switch is not None and self.head_meaning != "query":
+                raise ValueError(f"head_meaning must be query where switches have gradients, got {self.head_meaning}")
+            update = sublayer(state, subset, rotation, self.backend, self.head_meaning, switch, constants)
         else:
             update = sublayer(state.features, state.scores, subset, self.backend, switch, constants)
         return self._stand_before(state, state.hidden + update, state.site_index + 1)
@@ -165,7 +197,7 @@ class MoETransformer(nn.Module):
         tokens: Tensor,
         router: Router,
         price: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: KeyValueCache | KeptCache | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run every site under `router`; its `compensation`, if it has one, stands in for what it skips.
 
@@ -180,8 +212,10 @@ class MoETransformer(nn.Module):
                 state = self.advance(state, subsets[-1])
         return self.finish(state), subsets
 
-    def new_cache(self) -> KeyValueCache:
-        """An empty cache for decoding."""
+    def new_cache(self) -> Any:
+        """An empty cache for decoding, of the kind that `head_meaning` needs."""
+        if self.head_meaning == "query_key_value":
+            return KeptCache(self.config.num_layers)
         return KeyValueCache(self.config.num_layers, self.config.seq_len)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -189,13 +223,14 @@ class MoETransformer(nn.Module):
         return self.run(tokens, NativeRouter())[0]
 
     @contextmanager
-    def using(self, backend: Backend) -> Iterator[None]:
-        """Run on other kernels meanwhile."""
-        before, self.backend = self.backend, backend
+    def using(self, backend: Backend | None = None, *, head_meaning: HeadMeaning | None = None) -> Iterator[None]:
+        """Run on other kernels or under another head meaning meanwhile; None leaves it as it is."""
+        before = self.backend, self.head_meaning
         try:
+            self.backend, self.head_meaning = backend or self.backend, head_meaning or self.head_meaning
             yield
         finally:
-            self.backend = before
+            self.backend, self.head_meaning = before
 
     @property
     def compensation(self) -> Compensation | None:

@@ -1,18 +1,19 @@
 """One public op per job; `reference` is the definition, the other backends must equal it.
 
 `reference` computes in plain PyTorch and has gradients, `compact` skips on a CPU what was not chosen, `triton` does on
-CUDA. `auto` takes `triton` for CUDA tensors of types and sizes that it has, where Triton is installed, and otherwise
-`compact`, or `reference` where a gradient is wanted; it says in the log what it took. On a CPU it computes heads that
-were not chosen where that takes less time than to skip them; `compact` itself never does.
+CUDA, for all ops but `kept_head_attention`. `auto` takes `triton` for CUDA tensors of types and sizes that it has,
+where Triton is installed, and otherwise `compact`, or `reference` where a gradient is wanted; it says in the log what
+it took. On a CPU its `head_attention` computes heads that were not chosen where that takes less time than to skip them;
+`compact` itself never does.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +29,17 @@ logger = logging.getLogger(__name__)
 Backend = Literal["auto", "reference", "compact", "triton"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "compact", "triton")
 
-__all__ = ["BACKENDS", "Backend", "Derived", "count_rows", "expert_mlp", "head_attention", "linear", "rotate"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Derived",
+    "count_rows",
+    "expert_mlp",
+    "head_attention",
+    "kept_head_attention",
+    "linear",
+    "rotate",
+]
 
 
 def expert_mlp(
@@ -64,7 +75,26 @@ def head_attention(
     return run(hidden, weights, subset, query_weight, keys, values, output_weight, rotation)
 
 
-def _implementation(op: str, backend: Backend, tensors: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+def kept_head_attention(
+    hidden: Tensor,
+    weights: Tensor,
+    subset: Tensor,
+    projection: Tensor,
+    output_weight: Tensor,
+    rotation: Tensor,
+    past: Sequence[Tensor],
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Causal attention in which only tokens that use a head are keys there; see `reference.kept_head_attention`.
+
+    Raises:
+        ValueError: If the backend is unknown, or cannot run here; `triton` has no such op.
+    """
+    run = _implementation("kept_head_attention", backend, (hidden, weights, projection, output_weight, *past))
+    return run(hidden, weights, subset, projection, output_weight, rotation, past)
+
+
+def _implementation(op: str, backend: Backend, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
     wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if backend == "auto":
         backend = _choose(op, tensors[0].device.type, wants_gradient, _suits_triton(op, tensors))
@@ -80,7 +110,9 @@ def _implementation(op: str, backend: Backend, tensors: tuple[Tensor, ...]) -> C
 
 
 def _suits_triton(op: str, tensors: tuple[Tensor, ...]) -> bool:
-    """Whether dtypes and sizes are such as the GPU kernels take."""
+    """Whether there are GPU kernels that take such dtypes and sizes."""
+    if op == "kept_head_attention":
+        return False
     if len({tensor.dtype for tensor in tensors}) > 1 or tensors[0].dtype not in DTYPES:
         return False
     if op == "expert_mlp":
@@ -107,6 +139,8 @@ def _has_triton() -> bool:
 @cache
 def _triton(op: str) -> Callable[..., Tensor]:
     """Imported on first use: everything else works without Triton."""
+    if op == "kept_head_attention":
+        raise ValueError("backend must be 'auto', 'reference' or 'compact' for kept_head_attention, got 'triton'")
     if not _has_triton():
         raise ValueError("backend 'triton' must have Triton installed (pip install triton), got none")
     from moe_backbone.kernels import triton_experts, triton_heads

@@ -5,7 +5,7 @@ The rows of a unit are filled up to one of a few lengths (`layouts.common_length
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -80,6 +80,34 @@ def head_attention(
         mixed = _mix(query, positions, counts, hidden.shape[1], keys, values)
     outputs = [project(part) for part, project in zip(mixed.split(rows.counts), products(output_weight), strict=True)]
     return rows.combine("heads", torch.cat(outputs), weights.flatten(0, 1)).view_as(hidden)
+
+
+def kept_head_attention(
+    hidden: Tensor,
+    weights: Tensor,
+    subset: Tensor,
+    projection: Tensor,
+    output_weight: Tensor,
+    rotation: Tensor,
+    past: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Equal to `reference.kept_head_attention`; queries, keys and values of chosen heads only are computed.
+
+    Example: two tokens, head 0 chosen for the second only, multiplies one row by head 0's projections and attends to
+    one key.
+    """
+    rows = _chosen_rows(subset.flatten(0, 1))
+    if not rows.tokens.numel():
+        return torch.zeros_like(hidden), hidden.new_empty(2, 0, output_weight.shape[1])
+    per_head = zip(rows.gather(hidden.flatten(0, 1)), rows.counts, products(projection), strict=True)
+    query, keys, values = torch.cat([project(inputs)[:count] for inputs, count, project in per_head]).chunk(3, dim=1)
+    turns = rotation[:, rows.tokens % hidden.shape[1]]
+    key_values = torch.stack((reference.rotate(keys, turns), values))
+    counts = subset.sum(1).t().flatten().tolist()  # head after head, sequence after sequence
+    mixed = _mix_kept(reference.rotate(query, turns), counts, key_values, past)
+    outputs = [project(part) for part, project in zip(mixed.split(rows.counts), products(output_weight), strict=True)]
+    update = rows.combine("heads", torch.cat(outputs), weights.flatten(0, 1))
+    return update.view_as(hidden), key_values
 
 
 def cheapest_head_attention(hidden: Tensor, weights: Tensor, subset: Tensor, *rest: Tensor) -> Tensor:
@@ -189,6 +217,28 @@ def _mix(query: Tensor, positions: Tensor, counts: list[int], num_queries: int, 
     for queries, places, mixture, own_keys, own_values in zip(*parts, *caches, strict=True):
         if len(queries):
             scores = torch.addmm(hidden_future.index_select(0, places), queries, own_keys)
+            torch.mm(scores.softmax(1), own_values, out=mixture)
+    return mixed
+
+
+def _mix_kept(query: Tensor, counts: list[int], key_values: Tensor, past: Sequence[Tensor]) -> Tensor:
+    """What each chosen query attends to (num_rows, head_size) where keys are the rows of the same head and sequence.
+
+    Args:
+        query: Rotated (num_rows, head_size), head after head, sequence after sequence.
+        counts: Rows of each head and sequence.
+        key_values: Of the same rows (2, num_rows, head_size).
+        past: See `reference.kept_head_attention`.
+    """
+    most = max(counts) + max((kept.shape[1] for kept in past), default=0)
+    hidden_future = query.new_full((most, most), float("-inf")).triu(1)
+    mixed = torch.empty_like(query)
+    parts = ((query * query.shape[1] ** -0.5).split(counts), key_values.split(counts, 1), mixed.split(counts))
+    for index, (queries, own, mixture) in enumerate(zip(*parts, strict=True)):
+        if len(queries):
+            own_keys, own_values = torch.cat((past[index], own), dim=1) if past else own
+            places = slice(len(own_keys) - len(queries), len(own_keys))
+            scores = torch.addmm(hidden_future[places, : len(own_keys)], queries, own_keys.mT)
             torch.mm(scores.softmax(1), own_values, out=mixture)
     return mixed
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from moe_backbone.kernels.rows import record_rows
 
@@ -76,6 +79,55 @@ def head_attention(
     mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, is_causal=visible is None)
     mixed = mixed.transpose(1, 2) * (weights * subset).unsqueeze(-1)
     return mixed.flatten(2) @ output_weight.flatten(0, 1)
+
+
+def kept_head_attention(
+    hidden: Tensor,
+    weights: Tensor,
+    subset: Tensor,
+    projection: Tensor,
+    output_weight: Tensor,
+    rotation: Tensor,
+    past: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Causal attention in which only tokens that use a head are keys there; computes every head, then masks.
+
+    Args:
+        hidden: Token rows (num_sequences, num_queries, hidden_size).
+        weights: Head weights (num_sequences, num_queries, num_heads); read where `subset` is True.
+        subset: Chosen heads, bool (num_sequences, num_queries, num_heads).
+        projection: Query, key and value projections side by side (num_heads, hidden_size, 3 * head_size).
+        output_weight: Output projections (num_heads, head_size, hidden_size).
+        rotation: Cosines and sines of the query positions (2, num_queries, head_size / 2).
+        past: Rotated keys and values that were kept of earlier tokens (2, num_kept, head_size), head after head,
+            sequence after sequence; empty where there are no earlier tokens.
+
+    Returns:
+        (num_sequences, num_queries, hidden_size), zeros for a token with an empty subset; and the keys and values of
+        the chosen heads (2, num_rows, head_size), head after head, sequence after sequence, by token.
+
+    Example: of three tokens the first and the third use the only head: the third attends to the first and to itself,
+    and the second to nothing.
+    """
+    num_sequences, num_queries, num_heads = subset.shape
+    joint = hidden @ projection.transpose(0, 1).flatten(1)
+    query, keys, values = joint.view(num_sequences, num_queries, num_heads, 3, -1).permute(3, 0, 2, 1, 4)
+    query, keys = rotate(query, rotation), rotate(keys, rotation)
+    record_rows("heads", subset.numel())
+    own = torch.eye(num_queries, dtype=torch.bool, device=hidden.device)  # keeps the rows that are not chosen finite
+    visible = (subset.transpose(1, 2).unsqueeze(2) & torch.ones_like(own).tril()) | own
+    rows = torch.stack((keys, values)).transpose(1, 2)[:, subset.permute(2, 0, 1)]
+    if past:
+        lengths = torch.tensor([kept.shape[1] for kept in past], device=hidden.device)
+        padded = pad_sequence([kept.transpose(0, 1) for kept in past], batch_first=True)
+        padded = padded.unflatten(0, (num_heads, num_sequences)).permute(3, 1, 0, 2, 4)
+        keys, values = torch.cat((padded, torch.stack((keys, values))), dim=3)
+        known = torch.arange(padded.shape[3], device=hidden.device) < lengths.unsqueeze(1)
+        known = known.unflatten(0, (num_heads, num_sequences)).transpose(0, 1).unsqueeze(2)
+        visible = torch.cat((known.expand(-1, -1, num_queries, -1), visible), dim=3)
+    mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible)
+    mixed = mixed.transpose(1, 2) * (weights * subset).unsqueeze(-1)
+    return mixed.flatten(2) @ output_weight.flatten(0, 1), rows
 
 
 def rotate(vectors: Tensor, rotation: Tensor) -> Tensor:

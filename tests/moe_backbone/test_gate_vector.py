@@ -51,8 +51,8 @@ def _layer(dtype: torch.dtype = torch.float64) -> ExpertLayer:
 
 def _expected(layer: ExpertLayer, features: Tensor, scores: Tensor, subset: Tensor) -> Tensor:
     """The definition: a softmax over the chosen experts for every token and dimension."""
-    gate, up = torch.einsum("th,ehi->tei", features, layer.gate_up).chunk(2, dim=2)
-    outputs = torch.einsum("tei,eih->teh", gate * gate.sigmoid() * up, layer.down)
+    gate, up = torch.einsum("tw,ewi->tei", features, layer.gate_up).chunk(2, dim=2)
+    outputs = torch.einsum("tei,eiw->tew", gate * gate.sigmoid() * up, layer.down)
     assert layer.vector is not None
     logits = scores.unsqueeze(2) + layer.vector
     rows = []
