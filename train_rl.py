@@ -196,14 +196,10 @@ def build_model(config: TrainConfig, backbone: MoETransformer, corpus: Corpus) -
 
 
 def build_gates(
-    config: TrainConfig,
-    gating: GatingConfig,
-    router: LinearRouter,
-    backbone: MoETransformer,
-    corpus: Corpus,
-    **kept: Any,
+    config: TrainConfig, gating: GatingConfig, router: LinearRouter, parts: tuple[Corpus, MoETransformer], **kept: Any
 ) -> GateTrainer:
     """Training of a router by back-propagation on the run's text and prices; `kept` goes to `GateTrainer`."""
+    corpus, backbone = parts
     rules = replace(config.env, rollouts_per_sequence=1, action="subset")
     source = CorpusSource(corpus.train, backbone.config.seq_len)
     mdp = RoutingMDP(backbone, source, rules, num_sequences=gating.num_sequences)
