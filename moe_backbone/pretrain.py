@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +23,12 @@ from moe_backbone.config import BackboneConfig
 from moe_backbone.corpus import Corpus, Split
 from moe_backbone.files import write_atomic
 from moe_backbone.quality import token_log_likelihood
-from moe_backbone.sites import NativeRouter, SiteView, best_units
+from moe_backbone.sites import NativeRouter, Router, SiteView, best_units
 from moe_backbone.transformer import MoETransformer, balance_loss
 
 logger = logging.getLogger(__name__)
 
+RouterMaker = Callable[[torch.Generator], Router]
 RECIPE_VERSION = 2
 """Raised when this file trains other weights from the same settings."""
 
@@ -104,8 +106,9 @@ class RandomRouting:
 class _Recorder:
     """Remembers the gates of expert sites for the balance loss."""
 
-    def __init__(self, router: NativeRouter | RandomRouting) -> None:
+    def __init__(self, router: Router) -> None:
         self.router = router
+        self.compensation = getattr(router, "compensation", None)
         self.scores: list[Tensor] = []
         self.subsets: list[Tensor] = []
 
@@ -157,12 +160,20 @@ class Pretraining:
     """One training run of a backbone."""
 
     def __init__(
-        self, corpus: Corpus, config: BackboneConfig, pretrain: PretrainConfig, device: str, partial: Path
+        self,
+        corpus: Corpus,
+        config: BackboneConfig,
+        pretrain: PretrainConfig,
+        device: str,
+        partial: Path,
+        start: MoETransformer | None = None,
     ) -> None:
-        """Seeded weights, or those of an interrupted run if `partial` exists."""
+        """Seeded weights, or those of `start`, or those of an interrupted run if `partial` exists."""
         torch.manual_seed(pretrain.seed)
         self.corpus, self.config, self.pretrain, self.device, self.partial = corpus, config, pretrain, device, partial
         self.backbone = MoETransformer(config).to(device)
+        if start is not None:
+            self.backbone.load_state_dict(start.state_dict())
         self.optimizer = torch.optim.AdamW(
             self.backbone.parameters(), lr=pretrain.learning_rate, betas=(0.9, 0.95), weight_decay=pretrain.weight_decay
         )
@@ -196,8 +207,7 @@ class Pretraining:
         settings = self.pretrain
         tokens, targets = self.corpus.train.sample(settings.sequences, self.config.seq_len, self.batches)
         tokens, targets = tokens.to(self.device), targets.to(self.device)
-        random = settings.random_routing > 0 and self.step >= settings.steps * settings.random_from
-        router = _Recorder(RandomRouting(1 - settings.random_routing, self.noise) if random else NativeRouter())
+        router = _Recorder(self._router())
         logits, _ = self.backbone.run(tokens, router)
         loss = -token_log_likelihood(logits, targets).mean()
         loss = loss + settings.balance_weight * balance_loss(router.scores, router.subsets)
@@ -209,8 +219,17 @@ class Pretraining:
         self.optimizer.step()
         self.step += 1
 
+    def _router(self) -> Router:
+        """What routes the step."""
+        settings = self.pretrain
+        random = settings.random_routing > 0 and self.step >= settings.steps * settings.random_from
+        return RandomRouting(1 - settings.random_routing, self.noise) if random else NativeRouter()
+
+    def _validation_loss(self) -> float:
+        return native_loss(self.backbone, self.corpus.validation, max_tokens=16_384, device=self.device)
+
     def _look(self) -> float:
-        loss = native_loss(self.backbone, self.corpus.validation, max_tokens=16_384, device=self.device)
+        loss = self._validation_loss()
         if not math.isfinite(loss):
             raise ValueError(f"validation loss must be finite, got {loss} at step {self.step}: lower learning_rate")
         if loss < self.best_loss:
@@ -240,6 +259,59 @@ class Pretraining:
         logger.info("backbone: going on at step %d of an interrupted training", self.step)
 
 
+class FineTuning(Pretraining):
+    """More training of a backbone, under a router: its weights then make up for what the router skips.
+
+    Args:
+        corpus: Text.
+        start: Backbone to go on from; it is left as it is.
+        settings: Learning rate, steps and the rest; its random routing is not used.
+        make_router: Makes what routes from the generator that it may draw from, which resumption brings back.
+        device: Where to train.
+        partial: File to go on from if it exists.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        start: MoETransformer,
+        settings: PretrainConfig,
+        make_router: RouterMaker,
+        device: str,
+        partial: Path,
+    ) -> None:
+        super().__init__(corpus, start.config, settings, device, partial, start)
+        self.routing = make_router(self.noise)
+
+    def _router(self) -> Router:
+        return self.routing
+
+    def _validation_loss(self) -> float:
+        """Mean of the losses under native routing and under the router."""
+        where: dict[str, Any] = {"max_tokens": 16_384, "device": self.device}
+        routers: tuple[Router, ...] = (NativeRouter(), self.routing)
+        return sum(routed_loss(self.backbone, router, self.corpus.validation, **where) for router in routers) / 2
+
+
+def fine_tune(
+    path: Path, corpus: Corpus, start: MoETransformer, settings: PretrainConfig, make_router: RouterMaker, device: str
+) -> MoETransformer:
+    """A fine-tuned copy of a backbone, from `path` if it was trained before, else kept there.
+
+    Returns:
+        The backbone in evaluation mode, frozen, on `device`.
+    """
+    backbone = MoETransformer(start.config)
+    if path.exists():
+        backbone.load_state_dict(load_file(path))
+    else:
+        partial = path.with_suffix(".partial")
+        backbone = FineTuning(corpus, start, settings, make_router, device, partial).run()
+        write_atomic(path, lambda temporary: save_file(backbone.cpu().state_dict(), temporary))
+        partial.unlink(missing_ok=True)
+    return backbone.requires_grad_(False).eval().to(device)
+
+
 def learning_rate_factor(step: int, steps: int) -> float:
     """Share of the peak learning rate: linear warm-up over 4 % of the steps, then a cosine to 0.
 
@@ -251,12 +323,17 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-@torch.no_grad()
 def native_loss(backbone: MoETransformer, split: Split, *, max_tokens: int, device: str) -> float:
     """Mean loss under native routing, nats a token."""
+    return routed_loss(backbone, NativeRouter(), split, max_tokens=max_tokens, device=device)
+
+
+@torch.no_grad()
+def routed_loss(backbone: MoETransformer, router: Router, split: Split, *, max_tokens: int, device: str) -> float:
+    """Mean loss under a router, nats a token."""
     tokens, targets, _ = split.windows(backbone.config.seq_len, max_tokens)
     losses = []
     for start in range(0, len(tokens), 32):
-        logits = backbone(tokens[start : start + 32].to(device))
+        logits, _ = backbone.run(tokens[start : start + 32].to(device), router)
         losses.append(-token_log_likelihood(logits, targets[start : start + 32].to(device)))
     return torch.cat(losses).mean().item()
