@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
+from safetensors.torch import load_file
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Figure, configure
 from stable_baselines3.common.utils import LinearSchedule
@@ -31,18 +32,26 @@ from envs import CorpusSource, EnvConfig, RoutingMDP, RoutingVecEnv
 from evaluate_rl import EvaluationConfig, LearnedPoint, evaluate, held_out_evaluator, write_report
 from evaluation import Evaluator, loss_at, tradeoff_figure, usage_figure
 from moe_backbone import BackboneConfig, MoETransformer
-from moe_backbone.checks import require_at_least
+from moe_backbone.checks import require, require_at_least
 from moe_backbone.corpus import Corpus, load_corpus
 from moe_backbone.files import write_atomic
-from moe_backbone.pretrain import PretrainConfig, load_or_train
+from moe_backbone.pretrain import PretrainConfig, fine_tune, load_or_train
+from policies.calibration import Calibration, calibrate
 from policies.callbacks import PeriodicEvaluation, PeriodicSave, ProgressBar, RoutingMetrics
+from policies.cost_limit import SPREAD, CostLimit
 from policies.gating import GateTrainer, GatingConfig
 from policies.linear_router import LinearRouter, RouterSpec
 from policies.portable import save_router
 from policies.routing_ppo import RoutingPPO
+from policies.sampled import SampledRouter
 from run_folder import describe_run, new_run_folder, read_config
 
 logger = logging.getLogger("train_rl")
+
+ADAPTED = "backbone.safetensors"
+NATIVE_SHARE = 0.3
+"""Share of the sequences on which an adapted backbone is trained under native routing."""
+CALIBRATION_TOKENS, CALIBRATION_PRICES = 8192, 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +118,12 @@ class TrainConfig:
     backbone: BackboneConfig = BackboneConfig()
     pretrain: PretrainConfig = PretrainConfig()
     env: EnvConfig = EnvConfig(rollouts_per_sequence=4, price_low=0.01, price_high=2.5)
+    cost_limit: float | None = None
+    """Budget instead of prices: mean compute to train for, a fraction of native with the router's own cost; a Lagrange
+    multiplier finds the price."""
+    adapt_backbone: int = 0
+    """Steps of training the backbone on under the learned router, after which the router is trained again; 0 for
+    none, 600 if no value is given."""
     compensation: bool = True
     """Whether the router brings constants that stand in for skipped units; trained in the warm start, then kept."""
     warm_start: GatingConfig = GatingConfig()
@@ -117,7 +132,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "total_timesteps", "checkpoint_every")
-        require_at_least(self, 0, "eval_times", "seed")
+        require_at_least(self, 0, "eval_times", "seed", "adapt_backbone")
+        limit = self.cost_limit
+        require(limit is None or 0 < limit <= 1, f"cost_limit must lie in (0, 1], got {limit}")
         if self.random_routing is not None:
             replace(self.pretrain, random_routing=self.random_routing)
 
@@ -225,20 +242,52 @@ def build_gates(
     )
 
 
-class Run:
-    """One training run in its folder."""
+def load_run(folder: Path, device: str) -> tuple[TrainConfig, Corpus, MoETransformer]:
+    """Settings, corpus and backbone of a finished run, the backbone as it was adapted to the router if it was.
 
-    def __init__(self, config: TrainConfig, folder: Path, corpus: Corpus, device: str) -> None:
-        """Load or train the backbone, build the environment, and restore the checkpoint if there is one."""
-        self.config, self.folder, self.corpus = config, folder, corpus
-        self.backbone = load_backbone(config, corpus, device)
-        self.model = build_model(config, self.backbone, self.corpus)
-        self.checkpoint = folder / "checkpoints" / "last.zip"
+    Raises:
+        ValueError: If the folder holds no run.
+    """
+    config = read_config(folder, TrainConfig)
+    corpus, backbone = load_parts(config, device)
+    if config.adapt_backbone:
+        backbone.load_state_dict(load_file(folder / ADAPTED))
+    return config, corpus, backbone
+
+
+class Run:
+    """One training run in its folder.
+
+    Args:
+        config: Settings.
+        folder: Where it lies.
+        corpus: Text.
+        backbone: Frozen.
+        first: The run before the backbone was adapted, whose router is trained on; None for that run itself.
+    """
+
+    def __init__(
+        self, config: TrainConfig, folder: Path, corpus: Corpus, backbone: MoETransformer, first: Run | None = None
+    ) -> None:
+        self.config, self.folder, self.corpus, self.backbone = config, folder, corpus, backbone
+        self.model = build_model(config, backbone, corpus)
+        self.total_timesteps, self.gating, self._stage = config.total_timesteps, config.warm_start, "last"
+        if first is not None:
+            self.router.load_state_dict(first.router.state_dict())
+            self.total_timesteps, self._stage = config.total_timesteps // 2, "adapted"
+            self.gating = replace(self.gating, steps=self.gating.steps // 2)
+        self.checkpoint = folder / "checkpoints" / f"{self._stage}.zip"
         if self.checkpoint.exists():
             self._restore()
         self.model.set_logger(configure(str(folder), ["tensorboard"]))
-        self.validation = Evaluator(self.backbone, self.corpus.validation, max_tokens=8192, device=device)
-        self.test = held_out_evaluator(self.backbone, self.corpus, config.evaluation)
+        device = next(backbone.parameters()).device
+        self.validation = Evaluator(backbone, corpus.validation, max_tokens=8192, device=device)
+        self.test = held_out_evaluator(backbone, corpus, config.evaluation)
+
+    @property
+    def router(self) -> LinearRouter:
+        """What is learned."""
+        return self.model.policy.router  # type: ignore[return-value]
 
     def _restore(self) -> None:
         env = self.model.env
@@ -250,7 +299,7 @@ class Run:
                 f"got one for {made_for[:12]} in {self.checkpoint}"
             )
         self.model.restore_generators()
-        logger.info("going on at timestep %d of %d", self.model.num_timesteps, self.config.total_timesteps)
+        logger.info("going on at timestep %d of %d", self.model.num_timesteps, self.total_timesteps)
 
     def save(self) -> None:
         """Write the checkpoint, the old one staying until the new one is whole."""
@@ -260,18 +309,22 @@ class Run:
 
     def train(self) -> None:
         """Learn until `total_timesteps`; the first Ctrl-C finishes the update under way and saves."""
-        remaining = self.config.total_timesteps - self.model.num_timesteps
+        remaining = self.total_timesteps - self.model.num_timesteps
         if remaining > 0:
             saver = PeriodicSave(self.save, self.config.checkpoint_every)
-            bar = ProgressBar(self.config.total_timesteps)
+            bar = ProgressBar(self.total_timesteps)
             with _asked_to_stop(saver), closing(bar):
                 fresh = self.model.num_timesteps == 0
                 if fresh:
                     self._warm_start(saver)
                 self.model.learn(remaining, callback=self._callbacks(saver, bar), reset_num_timesteps=fresh)
             self.save()
+
+    def export(self) -> None:
+        """Measure what the router spends at each price, and write it in both formats."""
+        self.router.calibration = self._calibrate()
         write_atomic(self.folder / "router.zip", lambda path: self.model.save(path))
-        save_router(self.model.policy.router, self.folder, self.backbone)  # type: ignore[arg-type]
+        save_router(self.router, self.folder, self.backbone)
 
     def _warm_start(self, saver: PeriodicSave) -> None:
         """Train the router by back-propagation first.
@@ -285,27 +338,47 @@ class Run:
                 self.model.logger.record(f"warm_start/{name}", value)
             self.model.logger.dump(step)
 
-        router, gating = self.model.policy.router, self.config.warm_start
-        kept = self.folder / "checkpoints" / "gates.pt"
+        kept = self.folder / "checkpoints" / f"{self._stage}-gates.pt"
         parts = (self.corpus, self.backbone)
-        trainer = build_gates(self.config, gating, router, parts, checkpoint=kept, report=report)  # type: ignore[arg-type]
+        trainer = build_gates(self.config, self.gating, self.router, parts, checkpoint=kept, report=report)
         if not trainer.run(stop=lambda: saver.stop_requested):
             raise KeyboardInterrupt
+
+    def _calibrate(self) -> Calibration:
+        """What the router spends at each price, on validation documents."""
+        tokens = self.corpus.validation.windows(self.backbone.config.seq_len, CALIBRATION_TOKENS)[0]
+        low, high = self.config.env.price_low, self.config.env.price_high
+        prices = np.geomspace(low, high, CALIBRATION_PRICES)
+        if hasattr(self.model, "lagrangian_multiplier"):  # finer where the budget lies
+            near = self.model.lagrangian_multiplier * np.geomspace(1 / SPREAD, SPREAD, CALIBRATION_PRICES // 2)
+            prices = np.unique(np.concatenate((prices, near)))
+        return calibrate(self.router, self.backbone, tokens.to(self.model.device), map(float, prices))
+
+    def _cost_limit(self) -> CostLimit:
+        """Holds the run's budget, beginning at the price that the router meets it at now."""
+        assert self.config.cost_limit is not None
+        now, limit = self._calibrate(), self.config.cost_limit
+        return CostLimit(
+            limit,
+            lagrangian_multiplier_init=now.price(max(limit, min(now.computes))),
+            overhead=self.router.at_price(1.0).overhead_flops / self.model.env.mdp.meter.native_flops,  # type: ignore[union-attr]
+        )
 
     def _callbacks(self, saver: PeriodicSave, bar: ProgressBar) -> CallbackList:
         config = self.config
         shown: dict[str, Any] = {"seed": config.seed, "quality": config.env.quality, "advantage": config.ppo.advantage}
         shown |= {"learning_rate": config.ppo.learning_rate, "total_timesteps": config.total_timesteps}
         callbacks: list[BaseCallback] = [RoutingMetrics(shown), saver]
+        if config.cost_limit is not None:
+            callbacks.append(self._cost_limit())
         if config.eval_times:
             callbacks.append(PeriodicEvaluation(self.look, config.eval_times))
         return CallbackList([*callbacks, bar])
 
     def look(self) -> tuple[dict[str, float], dict[str, Any]]:
         """Score the router on validation documents at a few prices: scalars and figures for TensorBoard."""
-        router = self.model.policy.router
         prices = np.geomspace(self.config.env.price_low, self.config.env.price_high, 6)
-        specs = [LearnedPoint(learned=router, price=float(price), seed=self.config.seed) for price in prices]  # type: ignore[arg-type]
+        specs = [LearnedPoint(learned=self.router, price=float(price), seed=self.config.seed) for price in prices]
         points = [
             self.validation.score(spec.name, spec.router, setting=spec.setting, price=spec.price) for spec in specs
         ]
@@ -324,14 +397,42 @@ class Run:
 
     def evaluate(self) -> None:
         """Score the learned router and all fixed ones on the test documents."""
-        router = self.model.policy.router
         settings, seed = self.config.evaluation, self.config.seed
-        evaluation = evaluate(self.test, self.backbone, self.corpus, router, settings, seed=seed)  # type: ignore[arg-type]
+        evaluation = evaluate(self.test, self.backbone, self.corpus, self.router, settings, seed=seed)
         figure = write_report(evaluation, self.backbone, self.corpus, self.folder)
         self.model.logger.record(
             "figures/all_routers", Figure(figure, close=False), exclude=("stdout", "log", "json", "csv")
         )
         self.model.logger.dump(self.model.num_timesteps)
+
+
+def adapt(config: TrainConfig, folder: Path, first: Run) -> Run:
+    """Train the backbone on under the learned router, and stand before training the router again.
+
+    A part of the sequences stays native. The adapted backbone is kept in the run's folder.
+    """
+    logger.info("backbone: training on under the learned router, then kept at %s", folder / ADAPTED)
+    rules = config.env
+    first.router.requires_grad_(False)
+
+    def sampled(generator: torch.Generator) -> SampledRouter:
+        prices = (rules.price_low, rules.price_high)
+        return SampledRouter(first.router, native_share=NATIVE_SHARE, prices=prices, generator=generator)
+
+    settings = adaptation_settings(config)
+    device = str(next(first.backbone.parameters()).device)
+    backbone = fine_tune(folder / ADAPTED, first.corpus, first.backbone, settings, sampled, device)
+    return Run(config, folder, first.corpus, backbone, first)
+
+
+def adaptation_settings(config: TrainConfig) -> PretrainConfig:
+    """How the backbone is trained on: twice the sequences of a step, a third of the learning rate."""
+    return replace(
+        config.pretrain,
+        steps=config.adapt_backbone,
+        sequences=2 * config.pretrain.sequences,
+        learning_rate=config.pretrain.learning_rate / 3,
+    )
 
 
 @contextmanager
@@ -364,8 +465,12 @@ def run(config: TrainConfig) -> Path:
     try:
         if resumed is None:
             describe_run(folder, config)
-        current = Run(config, folder, corpus, device)
+        current = Run(config, folder, corpus, load_backbone(config, corpus, device))
         current.train()
+        if config.adapt_backbone:
+            current = adapt(config, folder, current)
+            current.train()
+        current.export()
         trained = time.perf_counter()
         current.evaluate()
     except KeyboardInterrupt:
@@ -389,10 +494,11 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     words = list(arguments)
     if not words or words[0] not in PRESETS:
         words.insert(0, "small")
-    if "--random-routing" in words:  # bare flag
-        place = words.index("--random-routing") + 1
-        if place == len(words) or words[place].startswith("-"):
-            words.insert(place, "0.5")
+    for flag, value in (("--random-routing", "0.5"), ("--adapt-backbone", "600")):
+        if flag in words:
+            place = words.index(flag) + 1
+            if place == len(words) or words[place].startswith("-"):  # bare flag
+                words.insert(place, value)
     return tyro.extras.overridable_config_cli(PRESETS, args=words, description=__doc__)
 
 

@@ -61,6 +61,7 @@ class RoutingMDP:
         num_lanes: `num_sequences * rollouts_per_sequence * seq_len`.
         subsets: What ran at each site of the current episode, bool (num_lanes, num_units).
         quality: What the episode that ended last was paid at its end (num_lanes,), float32.
+        price_range: Lowest and highest price drawn, nats per native compute; the config's, may be set at any time.
         compensation: Constants that a router brings in place of skipped units, or None; may be set at any time.
     """
 
@@ -85,6 +86,7 @@ class RoutingMDP:
         self.subsets: list[Tensor] = []
         self.quality: Tensor | None = None
         self.compensation: Compensation | None = None
+        self.price_range = (config.price_low, config.price_high)
 
     @property
     def observation_space(self) -> spaces.Box:
@@ -133,7 +135,7 @@ class RoutingMDP:
         )
 
     def _prices(self, generator: np.random.Generator, price: float | None) -> Tensor:
-        low, high = self.config.price_low, self.config.price_high
+        low, high = self.price_range
         if price is not None:
             require_price("price", price)
             low = high = price

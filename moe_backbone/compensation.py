@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,10 +75,10 @@ class Compensation(nn.Module):
 
     def __init__(self, sites: Sequence[RoutingSite], hidden_size: int) -> None:
         super().__init__()
-        self.sites = nn.ModuleList(
-            (HeadCompensation if site.kind == "heads" else ExpertCompensation)(site, hidden_size) for site in sites
-        )
-        self.flops = sum(site.flops for site in self.sites)
+        kinds: dict[str, Any] = {"heads": HeadCompensation, "experts": ExpertCompensation}
+        constants = [kinds[site.kind](site, hidden_size) for site in sites]
+        self.flops = sum(site.flops for site in constants)
+        self.sites = nn.ModuleList(constants)
 
     def __getitem__(self, index: int) -> nn.Module:
         """Constants of the site at `index`."""

@@ -61,10 +61,21 @@ class GatingConfig:
 class Batch(Protocol):
     """Text of a step, as `envs.TokenBatch` has it, each sequence once."""
 
-    tokens: Tensor
-    targets: Tensor
-    price: Tensor
-    native: Tensor
+    @property
+    def tokens(self) -> Tensor:
+        """(num_sequences, seq_len), int64."""
+
+    @property
+    def targets(self) -> Tensor:
+        """Next tokens, same shape."""
+
+    @property
+    def price(self) -> Tensor:
+        """Nats per native compute (num_sequences,), float32."""
+
+    @property
+    def native(self) -> Tensor:
+        """Logits of native routing (num_sequences, seq_len, vocab_size), float32."""
 
 
 class GateTrainer:

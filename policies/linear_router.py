@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_backbone.checks import require_price
+from moe_backbone.checks import require, require_price
 from moe_backbone.compensation import Compensation
 from moe_backbone.sites import RoutingSite, SiteView
+
+if TYPE_CHECKING:
+    from policies.calibration import Calibration
 
 SCORE_FLOOR = -6.0
 """Gate log-probabilities below this look alike to the router, nats."""
@@ -80,11 +83,13 @@ class LinearRouter(nn.Module):
         weight: (num_sites, num_inputs, max_units).
         price_weight: Same shape.
         compensation: Constants in place of skipped units, or None.
+        calibration: What it spends at each price, or None before that was measured.
     """
 
     def __init__(self, spec: RouterSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.calibration: Calibration | None = None
         shape = (len(spec.sites), spec.num_inputs, spec.max_units)
         self.weight = nn.Parameter(torch.zeros(shape))
         self.price_weight = nn.Parameter(torch.zeros(shape))
@@ -126,6 +131,19 @@ class LinearRouter(nn.Module):
         """
         require_price("price", price)
         return PricedRouter(self, price)
+
+    def at_cost_limit(self, cost_limit: float) -> PricedRouter:
+        """The router at the price that met a budget on calibration text.
+
+        Args:
+            cost_limit: Fraction of native compute, the router's own cost included.
+
+        Raises:
+            ValueError: If the router was not calibrated, or costs more at its highest price.
+        """
+        require(self.calibration is not None, "router must be calibrated to follow a cost_limit, got one without")
+        assert self.calibration is not None
+        return self.at_price(self.calibration.price(cost_limit))
 
     def centred_log_price(self, log_price: Tensor) -> Tensor:
         """Log price mapped so that the training range becomes [-1, 1], or less if it spans less than 2 nats."""

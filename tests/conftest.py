@@ -64,6 +64,8 @@ class TinyRun:
         "pretrain.steps": 10,
         "pretrain.sequences": 4,
         "pretrain.eval-every": 5,
+        "warm-start.steps": 4,
+        "warm-start.num-sequences": 2,
         "ppo.num-sequences": 2,
         "ppo.batch-size": transitions // 2,
         "env.rollouts-per-sequence": 2,
