@@ -134,7 +134,7 @@ class GateTrainer:
                 if self.step % self.config.save_every == 0 or self.step == total:
                     self._save(dict(zip(("loss", "compute"), figures.tolist(), strict=True)), bar)
         for weight, was in zip(weights, before, strict=True):
-            weight.requires_grad_(was)
+            weight.requires_grad_(was).grad = None
         if self.step < total:
             self._write()
         return self.step >= total

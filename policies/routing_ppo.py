@@ -268,7 +268,8 @@ class RoutingPPO(TensorPPO):
         assert isinstance(self.policy, RouterPolicy)
         self.policy.optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.router.parameters(), self.max_grad_norm, foreach=True)
+        weights = self.policy.optimizer.param_groups[0]["params"]
+        norm = torch.nn.utils.clip_grad_norm_(weights, self.max_grad_norm, foreach=True)
         self.policy.optimizer.step()
         return norm
 
