@@ -8,6 +8,7 @@ python train_rl.py --resume runs/NAME   # go on with an interrupted run
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 import shutil
 import signal
@@ -37,7 +38,7 @@ from moe_backbone.corpus import Corpus, load_corpus
 from moe_backbone.files import write_atomic
 from moe_backbone.pretrain import PretrainConfig, fine_tune, load_or_train
 from policies.calibration import Calibration, calibrate
-from policies.callbacks import PeriodicEvaluation, PeriodicSave, ProgressBar, RoutingMetrics
+from policies.callbacks import GateSteps, PeriodicEvaluation, PeriodicSave, ProgressBar, RoutingMetrics
 from policies.cost_limit import SPREAD, CostLimit
 from policies.gating import GateTrainer, GatingConfig
 from policies.linear_router import LinearRouter, RouterSpec
@@ -66,7 +67,7 @@ class PPOConfig:
     """`leave_one_out`: against other rollouts of the same tokens, no critic. `gae`: SB3's own, with a critic."""
     num_sequences: int = 8
     """Different sequences of an update; each is rolled out `env.rollouts_per_sequence` times."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     """Adam's learning rate at the start; falls linearly to 3 % of it."""
     n_epochs: int = 3
     """Passes over an update's rollouts."""
@@ -279,6 +280,7 @@ class Run:
         self.checkpoint = folder / "checkpoints" / f"{self._stage}.zip"
         if self.checkpoint.exists():
             self._restore()
+        self.gates = self._build_gates()
         self.model.set_logger(configure(str(folder), ["tensorboard"]))
         device = next(backbone.parameters()).device
         self.validation = Evaluator(backbone, corpus.validation, max_tokens=8192, device=device)
@@ -304,6 +306,7 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint, the old one staying until the new one is whole."""
         self.model.keep_generators()
+        self.model.gate_state = self.gates.state()  # type: ignore[attr-defined]
         self.model.backbone_sha256 = self.backbone.sha256()  # type: ignore[attr-defined]
         write_atomic(self.checkpoint, lambda path: self.model.save(path))
 
@@ -315,8 +318,8 @@ class Run:
             bar = ProgressBar(self.total_timesteps)
             with _asked_to_stop(saver), closing(bar):
                 fresh = self.model.num_timesteps == 0
-                if fresh:
-                    self._warm_start(saver)
+                if fresh and not self.gates.run(stop=lambda: saver.stop_requested):
+                    raise KeyboardInterrupt
                 self.model.learn(remaining, callback=self._callbacks(saver, bar), reset_num_timesteps=fresh)
             self.save()
 
@@ -326,23 +329,23 @@ class Run:
         write_atomic(self.folder / "router.zip", lambda path: self.model.save(path))
         save_router(self.router, self.folder, self.backbone)
 
-    def _warm_start(self, saver: PeriodicSave) -> None:
-        """Train the router by back-propagation first.
-
-        Raises:
-            KeyboardInterrupt: If a stop was asked for; the training so far is kept.
-        """
+    def _build_gates(self) -> GateTrainer:
+        """Training by back-propagation, where it was when the model was saved."""
 
         def report(step: int, figures: dict[str, float]) -> None:
             for name, value in figures.items():
                 self.model.logger.record(f"warm_start/{name}", value)
             self.model.logger.dump(step)
 
+        updates = math.ceil(self.total_timesteps / (self.model.n_envs * self.model.n_steps))
+        later = self.gating.per_update * (updates - 1)
         kept = self.folder / "checkpoints" / f"{self._stage}-gates.pt"
         parts = (self.corpus, self.backbone)
-        trainer = build_gates(self.config, self.gating, self.router, parts, checkpoint=kept, report=report)
-        if not trainer.run(stop=lambda: saver.stop_requested):
-            raise KeyboardInterrupt
+        where: dict[str, Any] = {"checkpoint": kept, "later_steps": later, "report": report}
+        trainer = build_gates(self.config, self.gating, self.router, parts, **where)
+        if hasattr(self.model, "gate_state"):
+            trainer.restore(self.model.gate_state)
+        return trainer
 
     def _calibrate(self) -> Calibration:
         """What the router spends at each price, on validation documents."""
@@ -369,6 +372,8 @@ class Run:
         shown: dict[str, Any] = {"seed": config.seed, "quality": config.env.quality, "advantage": config.ppo.advantage}
         shown |= {"learning_rate": config.ppo.learning_rate, "total_timesteps": config.total_timesteps}
         callbacks: list[BaseCallback] = [RoutingMetrics(shown), saver]
+        if self.gating.per_update:
+            callbacks.append(GateSteps(self.gates, self.gating.per_update))
         if config.cost_limit is not None:
             callbacks.append(self._cost_limit())
         if config.eval_times:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from moe_backbone.quality import token_correct, token_log_likelihood
 from moe_backbone.sites import RoutingSite
+from policies.gating import GateTrainer
 
 
 class RoutingMetrics(BaseCallback):
@@ -126,6 +127,36 @@ class ProgressBar(BaseCallback):
         """Leave the bar as it is; to be called however the training ends."""
         if self._bar is not None:
             self._bar.close()
+
+
+class GateSteps(BaseCallback):
+    """Trains the router by back-propagation too, between the updates of PPO.
+
+    The gradient has little noise and a bias, PPO's has no bias and much noise. What gates learn of the compensation is
+    learned on the routing of now.
+
+    Args:
+        trainer: Of the model's router.
+        per_update: Steps between two updates.
+    """
+
+    def __init__(self, trainer: GateTrainer, per_update: int) -> None:
+        super().__init__()
+        self.trainer = trainer
+        self.per_update = per_update
+        self._first = True
+
+    def _on_training_start(self) -> None:
+        self._first = self.model.num_timesteps == 0
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        figures = {} if self._first else self.trainer.train(self.per_update)
+        self._first = False
+        for name, value in figures.items():
+            self.logger.record(f"gates/{name}", value)
 
 
 class PeriodicEvaluation(BaseCallback):

@@ -35,7 +35,9 @@ class GatingConfig:
     """
 
     steps: int = 400
-    """Optimiser steps; 0 for none."""
+    """Optimiser steps before the first update of PPO; 0 for none."""
+    per_update: int = 1
+    """Optimiser steps between two updates of PPO; 0 for none."""
     num_sequences: int = 8
     """Sequences of a step."""
     learning_rate: float = 3e-3
@@ -51,7 +53,7 @@ class GatingConfig:
     """Steps between two checkpoints."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 0, "steps")
+        require_at_least(self, 0, "steps", "per_update")
         require_at_least(self, 1, "num_sequences", "save_every")
         require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}")
         known = get_args(Relaxation)
@@ -89,6 +91,7 @@ class GateTrainer:
         quality: `kl` or `log_likelihood`, as in the environment.
         seed: Of the sampled units.
         checkpoint: File to go on from if it exists, and to keep the training in; None for neither.
+        later_steps: Steps to come after `run`, by `train`; the learning rate falls over all.
         report: Called with the step and figures by name whenever a checkpoint is due.
         generators: State of what `draw` draws from: a getter and a setter of JSON values, for exact resumption.
 
@@ -106,42 +109,51 @@ class GateTrainer:
         quality: str = "kl",
         seed: int = 0,
         checkpoint: Path | None = None,
+        later_steps: int = 0,
         report: Callable[[int, dict[str, float]], None] = lambda step, figures: None,
         generators: tuple[Callable[[], Any], Callable[[Any], None]] | None = None,
     ) -> None:
         require(quality in ("kl", "log_likelihood"), f"quality must be kl or log_likelihood for gates, got {quality}")
         self.router, self.backbone, self.draw, self.config, self.quality = router, backbone, draw, config, quality
         self.checkpoint, self.report, self.generators, self.step = checkpoint, report, generators, 0
+        self.total = config.steps + later_steps
         self.meter = ComputeMeter(backbone.sites, backbone.config.seq_len)
         self.noise = torch.Generator().manual_seed(seed)
         maps, constants = [router.weight, router.price_weight], list(router.compensation_parameters())
         self.groups = [group for group in (maps, constants) if group]
         self.optimizer = torch.optim.Adam(maps + constants, lr=config.learning_rate, eps=1e-5)
         if checkpoint is not None and checkpoint.exists():
-            self._restore(checkpoint)
+            self.restore(torch.load(checkpoint, map_location=router.weight.device, weights_only=True))
 
     def run(self, *, progress: bool = True, stop: Callable[[], bool] = lambda: False) -> bool:
-        """Train to the end; False if `stop`, asked before every step, ended it, after a checkpoint was written."""
-        total = self.config.steps
+        """Train for the configured steps; False if `stop`, asked before each, ended it, after a checkpoint was kept."""
+        end, every = self.config.steps, self.config.save_every
+        with tqdm(total=end, initial=self.step, desc="gates", unit="step", disable=None if progress else True) as bar:
+            while self.step < end and not stop():
+                figures = self.train(1)
+                bar.update()
+                if self.step % every == 0 or self.step == end:
+                    bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()}, refresh=False)
+                    self.report(self.step, figures)
+                    self._write()
+        if self.step < end:
+            self._write()
+        return self.step >= end
+
+    def train(self, steps: int) -> dict[str, float]:
+        """Train for some steps; `loss` and expected `compute` of the last one, none without a step."""
         weights = [weight for group in self.groups for weight in group]
         before = [weight.requires_grad for weight in weights]
-        with tqdm(total=total, initial=self.step, desc="gates", unit="step", disable=None if progress else True) as bar:
-            for weight in weights:
-                weight.requires_grad_(True)
-            while self.step < total and not stop():
-                figures = self._train_step()
-                bar.update()
-                if self.step % self.config.save_every == 0 or self.step == total:
-                    self._save(dict(zip(("loss", "compute"), figures.tolist(), strict=True)), bar)
+        for weight in weights:
+            weight.requires_grad_(True)
+        figures = [self._train_step() for _ in range(steps)]
         for weight, was in zip(weights, before, strict=True):
             weight.requires_grad_(was).grad = None
-        if self.step < total:
-            self._write()
-        return self.step >= total
+        return dict(zip(("loss", "compute"), figures[-1].tolist(), strict=True)) if figures else {}
 
     def _train_step(self) -> Tensor:
         """One step: loss and mean expected compute."""
-        remaining = 1 - self.step / self.config.steps
+        remaining = 1 - self.step / self.total
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * (END_FACTOR + (1 - END_FACTOR) * remaining)
         loss, compute = self._loss(self.draw())
@@ -188,27 +200,24 @@ class GateTrainer:
     def _uniform(self, like: Tensor) -> Tensor:
         return torch.rand(like.shape, generator=self.noise).to(like.device)
 
-    def _save(self, figures: dict[str, float], bar: Any) -> None:
-        bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()}, refresh=False)
-        self.report(self.step, figures)
-        self._write()
-
-    def _write(self) -> None:
-        if self.checkpoint is None:
-            return
+    def state(self) -> dict[str, Any]:
+        """Everything that `restore` needs to go on to the bit."""
         kept = json.dumps(self.generators[0]()) if self.generators else ""
         state = {"step": self.step, "noise": self.noise.get_state(), "generators": kept}
-        state |= {"router": self.router.state_dict(), "optimizer": self.optimizer.state_dict()}
-        write_atomic(self.checkpoint, lambda path: torch.save(state, path))
+        return state | {"router": self.router.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def _restore(self, path: Path) -> None:
-        state = torch.load(path, map_location=self.router.weight.device, weights_only=True)
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
         self.step = state["step"]
         self.noise.set_state(state["noise"].cpu())
         self.router.load_state_dict(state["router"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.generators and state["generators"]:
             self.generators[1](json.loads(state["generators"]))
+
+    def _write(self) -> None:
+        if self.checkpoint is not None:
+            write_atomic(self.checkpoint, lambda path: torch.save(self.state(), path))
 
 
 def _detached(view: SiteView) -> SiteView:
