@@ -28,8 +28,8 @@ from stable_baselines3.common.utils import LinearSchedule
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from envs import CorpusSource, EnvConfig, RoutingVecEnv
-from evaluate_rl import EvaluationConfig, LearnedPoint, evaluate, held_out_evaluator, write_report
-from evaluation import Evaluator, loss_at, tradeoff_figure, usage_figure
+from evaluate_rl import EvaluationConfig, LearnedPoint, evaluate, evaluation_context, write_report
+from evaluation import Evaluator, Scored, loss_at, tradeoff_figure, usage_figure
 from moe_backbone import BackboneConfig, MoETransformer
 from moe_backbone.checks import require_at_least
 from moe_backbone.corpus import Corpus, load_corpus
@@ -203,7 +203,9 @@ class Run:
             self._restore()
         self.model.set_logger(configure(str(folder), ["tensorboard"]))
         self.validation = Evaluator(self.backbone, self.corpus.validation, max_tokens=8192, device=device)
-        self.test = held_out_evaluator(self.backbone, self.corpus, config.evaluation)
+        self.context = evaluation_context(
+            self.backbone, self.corpus, config.evaluation, folder=folder, seeds=[config.seed]
+        )
 
     def _restore(self) -> None:
         env = self.model.env
@@ -253,15 +255,16 @@ class Run:
         points = [
             self.validation.score(spec.name, spec.router, setting=spec.setting, price=spec.price) for spec in specs
         ]
+        curve = [Scored.on_one_text(point) for point in points]
         scalars = {"eval/native_loss": self.validation.native.loss}
         for percent in (50, 60, 70):
-            loss = loss_at(points, percent / 100)
+            loss = loss_at(curve, percent / 100)
             if loss is not None:
                 scalars[f"eval/loss_at_{percent}_compute"] = loss
         middle = min(points, key=lambda point: abs(point.compute - 0.6))
         names = [site.name for site in self.backbone.sites]
         figures = {
-            "figures/tradeoff": tradeoff_figure({"learned": points}, self.validation.native),
+            "figures/tradeoff": tradeoff_figure({"learned": [curve]}, self.validation.native),
             "figures/unit_use": usage_figure(middle.usage, names),
         }
         return scalars, figures
@@ -269,9 +272,8 @@ class Run:
     def evaluate(self) -> None:
         """Score the learned router and all fixed ones on the test documents."""
         router = self.model.policy.router
-        settings, seed = self.config.evaluation, self.config.seed
-        evaluation = evaluate(self.test, self.backbone, self.corpus, router, settings, seed=seed)  # type: ignore[arg-type]
-        figure = write_report(evaluation, self.backbone, self.corpus, self.folder)
+        evaluation = evaluate(self.context, {self.config.seed: router})  # type: ignore[dict-item]
+        figure = write_report(evaluation, self.folder)
         self.model.logger.record(
             "figures/all_routers", Figure(figure, close=False), exclude=("stdout", "log", "json", "csv")
         )
