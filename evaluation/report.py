@@ -150,9 +150,10 @@ def tradeoff_table(
         reached = summary[name]["compute_at_99_accuracy"]
         cells.append("-" if reached is None else f"{reached:.3f}")
         table.add_row(_marked(name, seeds), *cells, style=_style(name))
-    table.caption = "99% at: least compute that keeps 99% of native accuracy.  -: this router costs more." + _note(
-        curves
-    )
+    seeds = max(map(len, curves.values()))
+    over = f"Interquartile mean over {seeds} seeds where anything is drawn.\n" if seeds > 1 else ""
+    table.caption = f"{over}99% at: least compute that keeps 99% of native accuracy.  -: this router costs more."
+    table.caption += _note(curves)
     return table
 
 
@@ -189,8 +190,9 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
             _interval(row.gain.probability, 1, 2, sign=""),
         )
     table.caption = (
-        "Best other: named by selection text. nats: log-likelihood a token; %: accuracy. P(better): share of pairs of\n"
-        "seeds in which the learned router is better. Intervals: paired over documents, stratified over seeds."
+        "Best other: named by selection text. nats: log-likelihood a token; %: accuracy.\n"
+        "P(better): share of pairs of seeds in which the learned router is better.\n"
+        "Intervals: paired over documents, stratified over seeds."
     )
     return table
 
@@ -206,13 +208,13 @@ def rivals_table(comparisons: Sequence[Comparison], quantity: Quantity) -> Table
     for rival in dict.fromkeys(row.rival for row in rows):
         found = {row.compute: row for row in rows if row.rival == rival}
         cells = [
-            f"{_interval(found[compute].gain.difference, scale, digits)}{' >' if found[compute].best else '  '}"
+            (">" if found[compute].best else "") + _short(found[compute].gain.difference, scale, digits)
             if compute in found
-            else "-  "
+            else "-"
             for compute in computes
         ]
         table.add_row(rival, *cells)
-    table.caption = ">: the best other router at this compute, by selection text.  -: one of the two costs more."
+    table.caption = ">: the best other router at this compute, by selection text.\n-: one of the two costs more."
     return table
 
 
@@ -269,7 +271,16 @@ def _interval(interval: Interval, scale: float, digits: int, sign: str = "+") ->
     return f"{mean} [{low}, {high}]"
 
 
+def _short(interval: Interval, scale: float, digits: int) -> str:
+    """`+6.7 [3.3, 9.6]` in at most 17 columns: whole numbers from 10 on, and no plus sign from 1000 on."""
+    values = [scale * value for value in (interval.mean, interval.low, interval.high)]
+    largest = max(map(abs, values))
+    mean, low, high = (f"{value:.{digits if largest < 10 else 0}f}" for value in values)
+    plus = "+" if largest < 1000 and not mean.startswith("-") else ""
+    return f"{plus}{mean} [{low}, {high}]"
+
+
 def _signed(value: float, digits: int, sign: str = "+") -> str:
     """The sign always, a leading zero never: `+.023`."""
     text = f"{value:{sign}.{digits}f}"
-    return text.replace("+0.", "+.").replace("-0.", "-.").removeprefix("0") if digits else text
+    return text.replace("+0.", "+.").replace("-0.", "-.").removeprefix("0")
