@@ -1,6 +1,7 @@
 """Score saved routers and baselines: settings are chosen on selection text and reported on held-out text.
 
 python evaluate_rl.py runs/my-run
+
 python evaluate_rl.py runs/my-run --routers all --seeds 5
 """
 
@@ -24,30 +25,21 @@ from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from evaluation import (
-    Check,
-    Comparison,
-    Curve,
+    COMPUTES,
+    Evaluation,
     Evaluator,
     PointSpec,
-    Scored,
-    best_others,
     build_evaluation,
-    check_lines,
     check_native,
     check_seeds,
-    compare,
-    comparison_table,
     group_curves,
     report_console,
-    rivals_table,
+    report_parts,
     save_figure,
-    summarize,
-    summary_table,
+    score_all,
     tradeoff_figure,
-    tradeoff_table,
     write_evaluation,
 )
-from evaluation.scoring import score_all
 from moe_backbone import MoETransformer, NativeRouter
 from moe_backbone.checks import require_at_least
 from moe_backbone.corpus import Corpus
@@ -62,8 +54,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("evaluate_rl")
 
-COMPUTES = (0.7, 0.6, 0.5, 0.4)
-"""Fractions of native compute at which routers are compared."""
 GREEDY_VERSION = 1
 """Raised when the search finds other routers on the same text."""
 ALL = "all"
@@ -107,14 +97,13 @@ class EvaluationConfig:
     greedy_tokens: int = 8_192
     """Training tokens that the greedy search and the ranking of heads look at."""
     routers: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--routers",))] = ()
-    """Only routers beside the learned one whose name starts with one of these; `all` for every one; none for those that
-    need no training."""
+    """Routers beside the learned one, by name or prefix; `all` for every one; none for those that need no training."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "max_tokens", "selection_tokens", "num_prices", "greedy_tokens")
         for prefix in self.routers:
             if prefix != ALL and not any(name.startswith(prefix) for name in known_routers()):
-                raise ValueError(f"routers must be {ALL} or name some of {' '.join(known_routers())}, got {prefix}")
+                raise ValueError(f"routers must name some of {' '.join(known_routers())}, or be {ALL}, got {prefix}")
 
     def wants(self, name: str, *, trained: bool = False) -> bool:
         """Whether the router of this name is scored."""
@@ -165,42 +154,6 @@ class Context:
         return windows[0].to(device), windows[1].to(device)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Everything that was scored, ready to show."""
-
-    context: Context
-    scored: list[Scored]
-    bounds: frozenset[str]
-    """Routers that can't be the best other one."""
-    checks: list[Check]
-
-    @cached_property
-    def curves(self) -> dict[str, list[Curve]]:
-        """One curve for each seed of each router: learned, then each best other, then the rest by AIQ, then bounds."""
-        groups = group_curves(self.scored)
-        summary = summarize(groups, random_accuracy=0.0)
-        best = {comparison.rival for comparison in best_others(compare(groups, COMPUTES, bounds=self.bounds))}
-
-        def place(name: str) -> tuple[bool, bool, bool, float]:
-            return name != "learned", name in self.bounds, name not in best, -summary[name]["aiq"]
-
-        return {name: groups[name] for name in sorted(groups, key=place)}
-
-    @cached_property
-    def summary(self) -> dict[str, dict[str, Any]]:
-        """Numbers for whole curves; random routing is the reference of the hypervolume."""
-        drawn = [curve for name in ("random-subset", "random-k") for curve in self.curves.get(name, [])]
-        chance = min((point.held_out.accuracy for curve in drawn for point in curve), default=0.0)
-        summary = summarize(self.curves, random_accuracy=chance)
-        return {name: entry | {"rival": name not in self.bounds} for name, entry in summary.items()}
-
-    @cached_property
-    def comparisons(self) -> list[Comparison]:
-        """The learned router against every other."""
-        return compare(self.curves, COMPUTES, bounds=self.bounds)
-
-
 def evaluation_context(
     backbone: MoETransformer, corpus: Corpus, config: EvaluationConfig, *, folder: Path, seeds: Sequence[int]
 ) -> Context:
@@ -241,7 +194,13 @@ def evaluate(context: Context, learned: Mapping[int, LinearRouter]) -> Evaluatio
     native = context.held_out.native
     checks = check_native(native, context.held_out.score("native", NativeRouter(), setting={}))
     checks += check_seeds(group_curves(scored).get("learned", []), COMPUTES)
-    return Evaluation(context=context, scored=scored, bounds=frozenset(bounds), checks=checks)
+    return Evaluation(
+        selection=context.selection,
+        held_out=context.held_out,
+        scored=scored,
+        bounds=frozenset(bounds),
+        checks=checks,
+    )
 
 
 def fixed_points(context: Context) -> Iterator[FixedPoint]:
@@ -268,42 +227,24 @@ def greedy_points(backbone: MoETransformer, corpus: Corpus, tokens: Tensor, targ
     return points
 
 
-def write_report(evaluation: Evaluation, folder: Path) -> Figure:
+def write_report(evaluation: Evaluation, backbone: MoETransformer, corpus: Corpus, folder: Path) -> Figure:
     """Write `evaluation.json`, `tradeoff.png` and `tables.txt`, print the tables, and return the figure."""
-    context = evaluation.context
     content = build_evaluation(
-        context.selection,
-        context.held_out,
-        evaluation.scored,
-        evaluation.summary,
-        evaluation.comparisons,
-        evaluation.checks,
-        corpus=context.corpus.name,
+        evaluation,
+        corpus=corpus.name,
         backbone="moe-transformer",
-        sha256=context.backbone.sha256(),
-        parameters=context.backbone.num_parameters,
+        sha256=backbone.sha256(),
+        parameters=backbone.num_parameters,
     )
     write_evaluation(folder / "evaluation.json", content)
-    figure = tradeoff_figure(evaluation.curves, context.held_out.native)
+    figure = tradeoff_figure(evaluation.curves, evaluation.held_out.native)
     save_figure(figure, folder / "tradeoff.png")
     text = StringIO()
     for console in (report_console(), report_console(text)):
-        for part in _tables(evaluation):
+        for part in report_parts(evaluation):
             console.print(part, highlight=False)
     write_text_atomic(folder / "tables.txt", text.getvalue())
     return figure
-
-
-def _tables(evaluation: Evaluation) -> Iterator[Any]:
-    """What a terminal shows, the answer last."""
-    curves, comparisons = evaluation.curves, evaluation.comparisons
-    yield tradeoff_table(curves, evaluation.context.held_out.native, evaluation.summary, computes=COMPUTES)
-    yield summary_table(curves, evaluation.summary)
-    if comparisons:
-        yield rivals_table(comparisons, "log_likelihood")
-        yield rivals_table(comparisons, "accuracy")
-        yield comparison_table(comparisons)
-    yield "\n".join(check_lines(evaluation.checks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,8 +256,7 @@ class EvaluateConfig:
     output: Path | None = None
     """Where table, plot and JSON go; the run folder itself if not given."""
     seeds: int = 1
-    """Seeds of the learned router and of random ones, from the run's own on; those that the run folder does not hold
-    yet are trained first, with the run's settings."""
+    """Seeds of learned and random routers, counted from the run's own; missing ones are trained first."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto` for CUDA where there is one."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -368,7 +308,7 @@ def run(config: EvaluateConfig) -> None:
     seeds = range(trained.seed, trained.seed + config.seeds)
     context = evaluation_context(backbone, corpus, config.evaluation, folder=config.run_dir, seeds=seeds)
     evaluation = evaluate(context, learned_routers(config.run_dir, trained, context))
-    write_report(evaluation, config.output or config.run_dir)
+    write_report(evaluation, backbone, corpus, config.output or config.run_dir)
     if any(check.exact and not check.equal for check in evaluation.checks):
         raise ValueError("native routing must score the same twice, got another score: no figure above can be trusted")
 

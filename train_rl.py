@@ -273,7 +273,7 @@ class Run:
         """Score the learned router and all fixed ones on the test documents."""
         router = self.model.policy.router
         evaluation = evaluate(self.context, {self.config.seed: router})  # type: ignore[dict-item]
-        figure = write_report(evaluation, self.folder)
+        figure = write_report(evaluation, self.backbone, self.corpus, self.folder)
         self.model.logger.record(
             "figures/all_routers", Figure(figure, close=False), exclude=("stdout", "log", "json", "csv")
         )

@@ -2,7 +2,7 @@
 
 from evaluation.bootstrap import Gain, gain, iqm
 from evaluation.checks import Check, check_native, check_seeds
-from evaluation.compare import Comparison, best_others, compare
+from evaluation.compare import COMPUTES, Comparison, best_others, compare
 from evaluation.curves import (
     Curve,
     Curves,
@@ -31,19 +31,24 @@ from evaluation.report import (
     comparison_table,
     load_evaluation,
     report_console,
+    report_parts,
     rivals_table,
     summary_table,
     tradeoff_table,
     write_evaluation,
 )
+from evaluation.results import Evaluation
+from evaluation.scoring import score_all
 from evaluation.summary import average_quality, compute_at_accuracy, hypervolume, summarize
 
 __all__ = [
+    "COMPUTES",
     "Check",
     "Comparison",
     "Curve",
     "Curves",
     "DocumentSums",
+    "Evaluation",
     "Evaluator",
     "Gain",
     "Interval",
@@ -74,8 +79,10 @@ __all__ = [
     "loss_at",
     "ratio_interval",
     "report_console",
+    "report_parts",
     "rivals_table",
     "save_figure",
+    "score_all",
     "scores_along",
     "summarize",
     "summary_table",

@@ -12,6 +12,9 @@ from evaluation.bootstrap import Gain, gain
 from evaluation.curves import Curve, Curves, Quantity, scores_along, sums_along
 from evaluation.intervals import FloatArray, shared_tokens
 
+COMPUTES = (0.7, 0.6, 0.5, 0.4)
+"""Fractions of native compute at which routers are compared."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:

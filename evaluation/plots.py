@@ -107,7 +107,7 @@ def save_figure(figure: Figure, path: Path, *, dpi: int = 150) -> None:
 
 def _title(curves: Curves) -> str:
     seeds = max(map(len, curves.values()))
-    over = f", mean over {seeds} seeds" if seeds > 1 else ""
+    over = f", interquartile mean over {seeds} seeds" if seeds > 1 else ""
     return f"Held-out quality at equal compute{over}; bands: 95 % interval of the difference to native"
 
 
@@ -145,7 +145,8 @@ def _draw_router(axes: Axes, seeds: Sequence[Curve], quantity: Quantity, label: 
     drawn = iqm(resample(sums - native, tokens, stratum=0)) + native.sum() / tokens.sum()
     bands = [percentile_interval(0.0, samples) for samples in drawn.T]
     lows, highs = [band.low for band in bands], [band.high for band in bands]
-    axes.fill_between(computes, lows, highs, color=style["color"], alpha=0.16, linewidth=0, zorder=2)
+    alpha = 0.2 if style["color"] == LEARNED_COLOR else 0.09
+    axes.fill_between(computes, lows, highs, color=style["color"], alpha=alpha, linewidth=0, zorder=2)
 
 
 def _mean(point: Point, quantity: Quantity) -> float:

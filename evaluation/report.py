@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,18 +13,17 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluation.checks import Check
-from evaluation.compare import Comparison, best_others
+from evaluation.compare import COMPUTES, Comparison, best_others
 from evaluation.curves import Curve, Curves, Quantity, Scored, scores_along
 from evaluation.evaluator import Evaluator
 from evaluation.intervals import Interval
 from evaluation.points import Point
+from evaluation.results import Evaluation
 from moe_backbone.files import write_text_atomic
 
 SCHEMA = 1
 KEYS = {"schema", "corpus", "backbone", "native", "points", "summary"}
 """Top-level keys that every `evaluation.json` has; newer ones also have `comparisons` and `checks`."""
-COMPUTES = (0.7, 0.6, 0.5, 0.4)
-"""Fractions of native compute that the tables show."""
 PIPED_WIDTH = 100
 """Columns where the output is not a terminal."""
 NAME_WIDTH = 17
@@ -32,39 +31,25 @@ NAME_WIDTH = 17
 UNITS: Mapping[Quantity, tuple[float, int, str]] = {"log_likelihood": (1, 4, "nats"), "accuracy": (100, 2, "%")}
 """Factor, digits and unit of a quantity in the tables."""
 SMALL_UNITS: Mapping[Quantity, tuple[float, int, str]] = {
-    "log_likelihood": (1000, 1, "log-likelihood, 0.001 nats a token"),
-    "accuracy": (100, 1, "accuracy, % points"),
+    "log_likelihood": (1000, 1, "0.001 nats a token"),
+    "accuracy": (100, 1, "% points of accuracy"),
 }
 """The same where columns are scarce."""
 
 
 def build_evaluation(
-    selection: Evaluator,
-    held_out: Evaluator,
-    scored: Sequence[Scored],
-    summary: Mapping[str, Mapping[str, Any]],
-    comparisons: Sequence[Comparison] = (),
-    checks: Sequence[Check] = (),
-    *,
-    corpus: str,
-    backbone: str,
-    sha256: str,
-    parameters: int,
+    evaluation: Evaluation, *, corpus: str, backbone: str, sha256: str, parameters: int
 ) -> dict[str, Any]:
     """The content of `evaluation.json`, schema 1.
 
     Args:
-        selection: Holds the windows that choose.
-        held_out: Holds the windows that are reported.
-        scored: Points of all routers on both; native, the first of `points`, is not among them.
-        summary: From `summarize`.
-        comparisons: From `compare`.
-        checks: From `check_native` and `check_seeds`.
+        evaluation: All that was scored; native becomes the first of `points`.
         corpus: Name of the corpus.
         backbone: Name of the backbone.
         sha256: Hash of its weights.
         parameters: Trained numbers in it.
     """
+    selection, held_out = evaluation.selection, evaluation.held_out
     native = Scored(selection=selection.native, held_out=held_out.native)
     return {
         "schema": SCHEMA,
@@ -76,10 +61,10 @@ def build_evaluation(
             "sites": [site.name for site in held_out.sites],
         },
         "native": {"accuracy": held_out.native.accuracy, "log_likelihood": held_out.native.log_likelihood},
-        "points": [point.to_json() for point in (native, *scored)],
-        "summary": {name: dict(entry) for name, entry in summary.items()},
-        "comparisons": [comparison.to_json() for comparison in comparisons],
-        "checks": [check.to_json() for check in checks],
+        "points": [point.to_json() for point in (native, *evaluation.scored)],
+        "summary": evaluation.summary,
+        "comparisons": [comparison.to_json() for comparison in evaluation.comparisons],
+        "checks": [check.to_json() for check in evaluation.checks],
     }
 
 
@@ -120,6 +105,18 @@ def report_console(file: IO[str] | None = None) -> Console:
     return console if console.is_terminal else Console(file=file, width=PIPED_WIDTH)
 
 
+def report_parts(evaluation: Evaluation) -> Iterator[Table | str]:
+    """What a terminal shows, the answer last."""
+    curves, comparisons = evaluation.curves, evaluation.comparisons
+    yield tradeoff_table(curves, evaluation.held_out.native, evaluation.summary)
+    yield summary_table(curves, evaluation.summary)
+    if comparisons:
+        yield rivals_table(comparisons, "log_likelihood")
+        yield rivals_table(comparisons, "accuracy")
+        yield comparison_table(comparisons)
+    yield "\n".join(check_lines(evaluation.checks))
+
+
 def tradeoff_table(
     curves: Curves,
     native: Point,
@@ -150,8 +147,8 @@ def tradeoff_table(
         reached = summary[name]["compute_at_99_accuracy"]
         cells.append("-" if reached is None else f"{reached:.3f}")
         table.add_row(_marked(name, seeds), *cells, style=_style(name))
-    seeds = max(map(len, curves.values()))
-    over = f"Interquartile mean over {seeds} seeds where anything is drawn.\n" if seeds > 1 else ""
+    most = max(map(len, curves.values()))
+    over = f"Interquartile mean over {most} seeds where anything is drawn.\n" if most > 1 else ""
     table.caption = f"{over}99% at: least compute that keeps 99% of native accuracy.  -: this router costs more."
     table.caption += _note(curves)
     return table
@@ -202,7 +199,7 @@ def rivals_table(comparisons: Sequence[Comparison], quantity: Quantity) -> Table
     rows = [row for row in comparisons if row.quantity == quantity]
     computes = list(dict.fromkeys(row.compute for row in rows))
     scale, digits, title = SMALL_UNITS[quantity]
-    table = _table(f"Gain of the learned router over each other in {title} [95%]; by compute", "over")
+    table = _table(f"Gain of the learned router over each other, {title} [95%]", "over")
     for compute in computes:
         table.add_column(f"at {compute:.2f}", justify="right")
     for rival in dict.fromkeys(row.rival for row in rows):

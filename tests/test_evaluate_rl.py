@@ -153,7 +153,7 @@ def test_unequal_native_scores_end_the_command_with_an_error(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--routers", "top-k", "nonsense"], "routers must be all or name some of"),
+        (["--routers", "top-k", "nonsense"], "routers must name some of top-k"),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--evaluation.selection-tokens", "0"], "selection_tokens must be at least 1, got 0"),
     ],
@@ -175,7 +175,7 @@ def test_only_all_or_a_name_asks_for_families_that_train(monkeypatch: pytest.Mon
         for config in [EvaluationConfig(routers=names)]
     }
     assert wanted == {(): ["top-k"], ("all",): ["top-k", "fake"], ("top",): ["top-k"], ("fa",): ["fake"]}
-    with pytest.raises(ValueError, match=r"routers must be all or name some of top-k .* fake small, got nonsense"):
+    with pytest.raises(ValueError, match=r"routers must name some of top-k .* fake small, or be all, got nonsense"):
         EvaluationConfig(routers=("nonsense",))
 
 

@@ -3,11 +3,13 @@ from __future__ import annotations
 import io
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from evaluation import (
     Check,
+    Evaluation,
     Interval,
     Scored,
     build_evaluation,
@@ -15,7 +17,6 @@ from evaluation import (
     check_native,
     compare,
     comparison_table,
-    group_curves,
     load_evaluation,
     report_console,
     rivals_table,
@@ -25,6 +26,7 @@ from evaluation import (
     write_evaluation,
 )
 from evaluation.evaluator import Evaluator
+from moe_backbone import best_units
 
 POINT_KEYS = {
     "router", "setting", "seed", "compute", "router_overhead", "compute_total", "accuracy", "log_likelihood",
@@ -39,27 +41,18 @@ def selection(tiny_backbone, tiny_corpus):
 
 
 @pytest.fixture
-def evaluation(evaluator, selection, random_subsets):
+def evaluation(evaluator, selection):
+    one_unit = SimpleNamespace(select=lambda view: best_units(view.scores, 1))
     scored = [
         Scored(
-            selection=selection.score(name, random_subsets, setting={"share": 0.5}, seed=0),
-            held_out=evaluator.score(name, random_subsets, setting={"share": 0.5}, seed=0),
+            selection=selection.score(name, one_unit, setting={"count": 1}, seed=0),
+            held_out=evaluator.score(name, one_unit, setting={"count": 1}, seed=0),
         )
         for name in ("learned", "random")
     ]
-    curves = group_curves(scored)
-    return build_evaluation(
-        selection,
-        evaluator,
-        scored,
-        summarize(curves, random_accuracy=0.1),
-        compare(curves, [0.9]),
-        check_native(evaluator.native, evaluator.native),
-        corpus="words",
-        backbone="tiny",
-        sha256="0" * 64,
-        parameters=123,
-    )
+    checks = check_native(evaluator.native, evaluator.native)
+    scored = Evaluation(selection=selection, held_out=evaluator, scored=scored, bounds=frozenset(), checks=checks)
+    return build_evaluation(scored, corpus="words", backbone="tiny", sha256="0" * 64, parameters=123)
 
 
 def test_schema_has_exactly_the_agreed_keys(evaluation):
@@ -79,14 +72,14 @@ def test_schema_has_exactly_the_agreed_keys(evaluation):
         assert len(point["units_per_token"]) == len(evaluation["backbone"]["sites"])
     numbers = {"hypervolume", "aiq", "compute_at_99_accuracy", "accuracy_at_50_compute"}
     for entry in evaluation["summary"].values():
-        assert set(entry) == {*numbers, "seeds", "intervals"}
+        assert set(entry) == {*numbers, "seeds", "intervals", "rival"}
         assert set(entry["intervals"]) == {name for name in numbers if entry[name] is not None}
     for row in evaluation["comparisons"]:
         assert set(row) == {
             *("quantity", "compute", "rival", "best_other", "learned", "other", "difference"),
             "probability_of_improvement",
         }
-    assert [row["quantity"] for row in evaluation["comparisons"]] == ["log_likelihood", "accuracy"]
+    assert {row["quantity"] for row in evaluation["comparisons"]} == {"log_likelihood", "accuracy"}
     for check in evaluation["checks"]:
         assert set(check) == {"name", "quantity", "difference", "exact", "equal"}
 
