@@ -197,6 +197,7 @@ def evaluate(context: Context, learned: Mapping[int, LinearRouter]) -> Evaluatio
     return Evaluation(
         selection=context.selection,
         held_out=context.held_out,
+        specs=specs,
         scored=scored,
         bounds=frozenset(bounds),
         checks=checks,

@@ -9,7 +9,7 @@ from typing import Any
 from evaluation.checks import Check
 from evaluation.compare import COMPUTES, Comparison, best_others, compare
 from evaluation.curves import Curve, Scored, group_curves
-from evaluation.evaluator import Evaluator
+from evaluation.evaluator import Evaluator, PointSpec
 from evaluation.summary import summarize
 
 
@@ -21,8 +21,10 @@ class Evaluation:
     """Windows that choose."""
     held_out: Evaluator
     """Windows that are reported."""
-    scored: list[Scored]
+    specs: list[PointSpec]
     """All settings of all routers, native aside."""
+    scored: list[Scored]
+    """What each of `specs` scored."""
     bounds: frozenset[str]
     """Routers that can't be the best other one."""
     checks: list[Check]

@@ -11,7 +11,6 @@ from evaluation import (
     Check,
     Evaluation,
     Interval,
-    Scored,
     build_evaluation,
     check_lines,
     check_native,
@@ -20,6 +19,7 @@ from evaluation import (
     load_evaluation,
     report_console,
     rivals_table,
+    score_all,
     summarize,
     summary_table,
     tradeoff_table,
@@ -43,16 +43,18 @@ def selection(tiny_backbone, tiny_corpus):
 @pytest.fixture
 def evaluation(evaluator, selection):
     one_unit = SimpleNamespace(select=lambda view: best_units(view.scores, 1))
-    scored = [
-        Scored(
-            selection=selection.score(name, one_unit, setting={"count": 1}, seed=0),
-            held_out=evaluator.score(name, one_unit, setting={"count": 1}, seed=0),
-        )
-        for name in ("learned", "random")
+    specs = [
+        SimpleNamespace(name=name, setting={"count": 1, "seed": 0}, router=one_unit) for name in ("learned", "other")
     ]
-    checks = check_native(evaluator.native, evaluator.native)
-    scored = Evaluation(selection=selection, held_out=evaluator, scored=scored, bounds=frozenset(), checks=checks)
-    return build_evaluation(scored, corpus="words", backbone="tiny", sha256="0" * 64, parameters=123)
+    whole = Evaluation(
+        selection=selection,
+        held_out=evaluator,
+        specs=specs,
+        scored=score_all(specs, selection, evaluator),
+        bounds=frozenset(),
+        checks=check_native(evaluator.native, evaluator.native),
+    )
+    return build_evaluation(whole, corpus="words", backbone="tiny", sha256="0" * 64, parameters=123)
 
 
 def test_schema_has_exactly_the_agreed_keys(evaluation):
