@@ -1,18 +1,22 @@
-"""Score saved routers and baselines on held-out text: table, plot, JSON.
+"""Score saved routers and baselines: settings are chosen on selection text and reported on held-out text.
 
 python evaluate_rl.py runs/my-run
+
+python evaluate_rl.py runs/my-run --routers all --seeds 5
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import tyro
@@ -21,21 +25,22 @@ from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from evaluation import (
-    Comparison,
+    COMPUTES,
+    Evaluation,
     Evaluator,
-    Point,
+    PointSpec,
     build_evaluation,
-    compare,
-    comparison_table,
-    evaluate_all,
+    check_native,
+    check_seeds,
+    group_curves,
     report_console,
+    report_parts,
     save_figure,
-    summarize,
+    score_all,
     tradeoff_figure,
-    tradeoff_table,
     write_evaluation,
 )
-from moe_backbone import MoETransformer
+from moe_backbone import MoETransformer, NativeRouter
 from moe_backbone.checks import require_at_least
 from moe_backbone.corpus import Corpus
 from moe_backbone.files import write_text_atomic
@@ -44,10 +49,35 @@ from policies.baselines import FIXED_NAMES, FixedPoint, fixed_routers
 from policies.baselines.greedy import GreedyPoint, GreedySearch
 from policies.linear_router import LinearRouter, PricedRouter
 
-COMPUTES = (0.7, 0.6, 0.5, 0.4)
-"""Fractions of native compute at which routers are compared."""
+if TYPE_CHECKING:
+    from training_config import TrainConfig
+
+logger = logging.getLogger("evaluate_rl")
+
 GREEDY_VERSION = 1
 """Raised when the search finds other routers on the same text."""
+ALL = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Routers that are made by training, or otherwise take long: scored when `routers` names them, or all."""
+
+    name: str
+    make: Callable[[Context], Sequence[PointSpec]]
+    """Gives a spec for each setting and seed (`name`, `setting`, `router`, `seed`); keeps what it trains in the run
+    folder of the context, so that the next call is short."""
+    rival: bool = True
+    """Whether it can be the best other router; False for what is no router, or a bound."""
+
+
+FAMILIES: list[Family] = []
+"""Families beside the fixed routers, in the order of the table."""
+
+
+def known_routers() -> tuple[str, ...]:
+    """What `routers` can name."""
+    return (*FIXED_NAMES, *(family.name for family in FAMILIES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +89,27 @@ class EvaluationConfig:
     """
 
     max_tokens: int = 24_576
-    """Held-out tokens that every router is scored on."""
+    """Held-out tokens, of the test documents, that every router is reported on."""
+    selection_tokens: int = 12_288
+    """Tokens of the validation documents that choose settings and the best other router."""
     num_prices: int = 14
     """Prices at which the learned router is scored, log-spaced over its training range."""
     greedy_tokens: int = 8_192
     """Training tokens that the greedy search and the ranking of heads look at."""
-    routers: tuple[str, ...] = ()
-    """Only fixed routers whose name starts with one of these; none for all."""
+    routers: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--routers",))] = ()
+    """Routers beside the learned one, by name or prefix; `all` for every one; none for those that need no training."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "max_tokens", "num_prices", "greedy_tokens")
+        require_at_least(self, 1, "max_tokens", "selection_tokens", "num_prices", "greedy_tokens")
         for prefix in self.routers:
-            if not any(name.startswith(prefix) for name in FIXED_NAMES):
-                raise ValueError(f"routers must name some of {' '.join(FIXED_NAMES)}, got {prefix}")
+            if prefix != ALL and not any(name.startswith(prefix) for name in known_routers()):
+                raise ValueError(f"routers must name some of {' '.join(known_routers())}, or be {ALL}, got {prefix}")
+
+    def wants(self, name: str, *, trained: bool = False) -> bool:
+        """Whether the router of this name is scored."""
+        if not self.routers or ALL in self.routers:
+            return not trained or ALL in self.routers
+        return name.startswith(self.routers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,63 +133,88 @@ class LearnedPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Everything that was scored, ready to show."""
+class Context:
+    """What routers are made from and scored on."""
 
-    evaluator: Evaluator
-    points: list[Point]
-    comparisons: list[Comparison]
+    backbone: MoETransformer
+    corpus: Corpus
+    config: EvaluationConfig
+    folder: Path
+    """Of the run, with its `config.json`."""
+    seeds: tuple[int, ...]
+    """Of routers that are trained or drawn."""
+    selection: Evaluator
+    held_out: Evaluator
 
-    @property
-    def curves(self) -> dict[str, list[Point]]:
-        """Points by router, the learned one first; native is no curve."""
-        names = dict.fromkeys(point.router for point in reversed(self.points) if point.router != "native")
-        return {name: [point for point in self.points if point.router == name] for name in names}
+    @cached_property
+    def training_windows(self) -> tuple[Tensor, Tensor]:
+        """Tokens and next tokens of training text (num_windows, seq_len), int64, for whatever looks at text."""
+        device = next(self.backbone.parameters()).device
+        windows = self.corpus.train.windows(self.backbone.config.seq_len, self.config.greedy_tokens)
+        return windows[0].to(device), windows[1].to(device)
 
 
-def evaluate(
-    evaluator: Evaluator,
-    backbone: MoETransformer,
-    corpus: Corpus,
-    learned: LinearRouter | None,
-    config: EvaluationConfig,
-    *,
-    seed: int,
-) -> Evaluation:
-    """Score fixed routers and the learned one on the test documents.
+def evaluation_context(
+    backbone: MoETransformer, corpus: Corpus, config: EvaluationConfig, *, folder: Path, seeds: Sequence[int]
+) -> Context:
+    """Both texts, scored natively; made before anything long, so that what cannot work says so at once."""
+    device = next(backbone.parameters()).device
+    selection = Evaluator(backbone, corpus.validation, max_tokens=config.selection_tokens, device=device)
+    held_out = Evaluator(backbone, corpus.test, max_tokens=config.max_tokens, device=device)
+    return Context(
+        backbone=backbone,
+        corpus=corpus,
+        config=config,
+        folder=folder,
+        seeds=tuple(seeds),
+        selection=selection,
+        held_out=held_out,
+    )
+
+
+def evaluate(context: Context, learned: Mapping[int, LinearRouter]) -> Evaluation:
+    """Score the learned router and all others that are wanted.
 
     Args:
-        evaluator: From `held_out_evaluator`.
-        backbone: Frozen.
-        corpus: Its training part serves the greedy search and the ranking of heads.
-        learned: None to score fixed routers only.
-        config: What is scored.
-        seed: Of random routers, and reported for the learned one.
+        context: From `evaluation_context`.
+        learned: The learned router by training seed; empty to score others only.
     """
-    device = next(backbone.parameters()).device
-    windows = corpus.train.windows(backbone.config.seq_len, config.greedy_tokens)
-    tokens, targets = (part.to(device) for part in windows[:2])
-    wanted = config.routers or ("",)
-    greedy = greedy_points(backbone, corpus, tokens, targets) if "greedy".startswith(wanted) else []
-    specs: list[FixedPoint | LearnedPoint] = [
-        point
-        for point in fixed_routers(backbone, tokens, targets, seed=seed, greedy=greedy, wanted=wanted)
-        if point.name != "native"
-    ]
-    if learned is not None:
-        prices = np.geomspace(learned.spec.price_low, learned.spec.price_high, config.num_prices)
-        specs += [LearnedPoint(learned=learned, price=float(price), seed=seed) for price in prices]
-    points = [evaluator.native, *evaluate_all(evaluator, specs)]
-    evaluation = Evaluation(evaluator=evaluator, points=points, comparisons=[])
-    rivals = evaluation.curves
-    ours = rivals.pop("learned", [])
-    return Evaluation(evaluator=evaluator, points=points, comparisons=compare(ours, rivals, COMPUTES))
+    specs: list[PointSpec] = [*fixed_points(context)]
+    bounds = set()
+    for family in FAMILIES:
+        if context.config.wants(family.name, trained=True):
+            made = family.make(context)
+            specs += made
+            bounds |= {spec.name for spec in made if not family.rival}
+    for seed, router in learned.items():
+        prices = np.geomspace(router.spec.price_low, router.spec.price_high, context.config.num_prices)
+        specs += [LearnedPoint(learned=router, price=float(price), seed=seed) for price in prices]
+    scored = score_all(specs, context.selection, context.held_out)
+    bounds |= {point.router for point in scored if not point.causal}
+    native = context.held_out.native
+    checks = check_native(native, context.held_out.score("native", NativeRouter(), setting={}))
+    checks += check_seeds(group_curves(scored).get("learned", []), COMPUTES)
+    return Evaluation(
+        selection=context.selection,
+        held_out=context.held_out,
+        specs=specs,
+        scored=scored,
+        bounds=frozenset(bounds),
+        checks=checks,
+    )
 
 
-def held_out_evaluator(backbone: MoETransformer, corpus: Corpus, config: EvaluationConfig) -> Evaluator:
-    """The test documents, scored natively; made before anything long, so that what cannot work says so at once."""
-    device = next(backbone.parameters()).device
-    return Evaluator(backbone, corpus.test, max_tokens=config.max_tokens, device=device)
+def fixed_points(context: Context) -> Iterator[FixedPoint]:
+    """Fixed routers that are wanted; those with a seed in their setting for each seed, others once."""
+    backbone, (tokens, targets) = context.backbone, context.training_windows
+    wanted = [name for name in FIXED_NAMES if context.config.wants(name)]
+    greedy = greedy_points(backbone, context.corpus, tokens, targets) if "greedy" in wanted else []
+    for seed in context.seeds:
+        points = fixed_routers(backbone, tokens, targets, seed=seed, greedy=greedy, wanted=wanted) if wanted else []
+        made = [point for point in points if point.name in wanted]  # a name may start with another, `top-k+pruning`
+        yield from (point for point in made if seed == context.seeds[0] or "seed" in point.setting)
+        wanted = [name for name in wanted if any(point.name == name and "seed" in point.setting for point in made)]
+        greedy = []
 
 
 def greedy_points(backbone: MoETransformer, corpus: Corpus, tokens: Tensor, targets: Tensor) -> list[GreedyPoint]:
@@ -167,64 +230,105 @@ def greedy_points(backbone: MoETransformer, corpus: Corpus, tokens: Tensor, targ
 
 def write_report(evaluation: Evaluation, backbone: MoETransformer, corpus: Corpus, folder: Path) -> Figure:
     """Write `evaluation.json`, `tradeoff.png` and `tables.txt`, print the tables, and return the figure."""
-    curves, native = evaluation.curves, evaluation.evaluator.native
-    chance = [point.accuracy for name in ("random-subset", "random-k") for point in curves.get(name, [])]
-    summary = summarize(curves, native_accuracy=native.accuracy, random_accuracy=min(chance, default=0.0))
     content = build_evaluation(
-        evaluation.evaluator,
-        evaluation.points,
-        summary,
+        evaluation,
         corpus=corpus.name,
         backbone="moe-transformer",
         sha256=backbone.sha256(),
         parameters=backbone.num_parameters,
     )
     write_evaluation(folder / "evaluation.json", content)
-    figure = tradeoff_figure(curves, native)
+    figure = tradeoff_figure(evaluation.curves, evaluation.held_out.native)
     save_figure(figure, folder / "tradeoff.png")
     text = StringIO()
     for console in (report_console(), report_console(text)):
-        console.print(tradeoff_table(curves, native, computes=COMPUTES))
-        if evaluation.comparisons:
-            console.print(comparison_table(evaluation.comparisons))
+        for part in report_parts(evaluation):
+            console.print(part, highlight=False)
     write_text_atomic(folder / "tables.txt", text.getvalue())
     return figure
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Score the router of a training run beside the fixed routers."""
+    """Score the router of a training run beside every other."""
 
     run_dir: tyro.conf.Positional[Path]
     """Folder that `train_rl.py` left."""
     output: Path | None = None
     """Where table, plot and JSON go; the run folder itself if not given."""
+    seeds: int = 1
+    """Seeds of learned and random routers, counted from the run's own; missing ones are trained first."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto` for CUDA where there is one."""
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "seeds")
+
+
+def learned_routers(run_dir: Path, trained: TrainConfig, context: Context) -> dict[int, LinearRouter]:
+    """The learned router of each seed, trained first where it is missing; an interrupted training goes on.
+
+    Args:
+        run_dir: The run; other seeds lie in `seeds/<seed>/`.
+        trained: Settings of the run.
+        context: Its seeds are made, on its device.
+    """
+    from policies.portable import DESCRIPTION, WEIGHTS, load_router
+    from run_folder import describe_run
+    from training_run import Run
+
+    if trained.adapt_backbone and len(context.seeds) > 1:
+        raise ValueError(
+            f"seeds must be 1 for a run with an adapted backbone, as each has its own, got {len(context.seeds)}"
+        )
+    device = next(context.backbone.parameters()).device
+    folders = {seed: run_dir if seed == trained.seed else run_dir / "seeds" / str(seed) for seed in context.seeds}
+    missing = [
+        seed
+        for seed, folder in folders.items()
+        if folder != run_dir and not ((folder / WEIGHTS).exists() and (folder / DESCRIPTION).exists())
+    ]
+    for number, seed in enumerate(missing, 1):
+        logger.info("training the router with seed %d, %d of %d", seed, number, len(missing))
+        config = replace(trained, seed=seed, eval_times=0)
+        describe_run(folders[seed], config)
+        current = Run(config, folders[seed], context.corpus, context.backbone)
+        current.train()
+        current.export()
+    return {seed: load_router(folder, context.backbone).to(device) for seed, folder in folders.items()}
+
 
 def run(config: EvaluateConfig) -> None:
-    """Load the run's backbone and router, score, report."""
-    from policies.portable import load_router
-    from run_folder import read_config
-    from train_rl import TrainConfig, load_parts, pick_device
+    """Load the run's backbone and router, train what is missing, score, report.
 
-    trained = read_config(config.run_dir, TrainConfig)
-    corpus, backbone = load_parts(trained, pick_device(config.device))
-    learned = load_router(config.run_dir, backbone).to(next(backbone.parameters()).device)
-    evaluator = held_out_evaluator(backbone, corpus, config.evaluation)
-    evaluation = evaluate(evaluator, backbone, corpus, learned, config.evaluation, seed=trained.seed)
+    Raises:
+        ValueError: If native routing, scored twice, gave two scores.
+    """
+    from policies.portable import load_router
+    from train_rl import load_run, pick_device
+
+    trained, corpus, backbone = load_run(config.run_dir, pick_device(config.device))
+    load_router(config.run_dir, backbone)  # refuse before anything long
+    seeds = range(trained.seed, trained.seed + config.seeds)
+    context = evaluation_context(backbone, corpus, config.evaluation, folder=config.run_dir, seeds=seeds)
+    evaluation = evaluate(context, learned_routers(config.run_dir, trained, context))
     write_report(evaluation, backbone, corpus, config.output or config.run_dir)
+    if any(check.exact and not check.equal for check in evaluation.checks):
+        raise ValueError("native routing must score the same twice, got another score: no figure above can be trusted")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = tyro.cli(EvaluateConfig, description=__doc__, args=arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    config = tyro.cli(EvaluateConfig, description=__doc__, args=words)
     try:
         with logging_redirect_tqdm():  # a line of the log must not cut a progress bar
             run(config)
+    except KeyboardInterrupt:
+        logger.info("\nstopped; go on with: %s", shlex.join(["python", "evaluate_rl.py", *words]))
+        sys.exit(130)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -10,7 +10,8 @@ import torch
 from benchmarks.measure import Measured, Row, agree, compare, interleave, milliseconds
 from moe_backbone import MoETransformer
 from moe_backbone.corpus import load_corpus
-from train_rl import PPOConfig, TrainConfig, build_model
+from training_config import PPOConfig, TrainConfig
+from training_run import build_model
 
 FORWARDS = 3
 """Native forward passes that an iteration may cost."""

@@ -1,6 +1,20 @@
-"""Runs any router over held-out text: counted compute, paired intervals, tables and plots."""
+"""Runs any router over text: counted compute, choice and report on separate text, intervals, tables and plots."""
 
-from evaluation.compare import Comparison, accuracy_at, at_compute, compare, compute_at_accuracy, frontier, loss_at
+from evaluation.bootstrap import Gain, gain, iqm
+from evaluation.checks import Check, check_native, check_seeds
+from evaluation.compare import COMPUTES, Comparison, best_others, compare
+from evaluation.curves import (
+    Curve,
+    Curves,
+    Quantity,
+    Scored,
+    accuracy_at,
+    at_compute,
+    frontier,
+    group_curves,
+    loss_at,
+    scores_along,
+)
 from evaluation.evaluator import Evaluator, PointSpec, evaluate_all
 from evaluation.intervals import (
     DocumentSums,
@@ -13,39 +27,65 @@ from evaluation.plots import save_figure, tradeoff_figure, usage_figure
 from evaluation.points import Point
 from evaluation.report import (
     build_evaluation,
+    check_lines,
     comparison_table,
     load_evaluation,
     report_console,
+    report_parts,
+    rivals_table,
+    summary_table,
     tradeoff_table,
     write_evaluation,
 )
-from evaluation.summary import average_quality, hypervolume, summarize
+from evaluation.results import Evaluation
+from evaluation.scoring import score_all
+from evaluation.summary import average_quality, compute_at_accuracy, hypervolume, summarize
 
 __all__ = [
+    "COMPUTES",
+    "Check",
     "Comparison",
+    "Curve",
+    "Curves",
     "DocumentSums",
+    "Evaluation",
     "Evaluator",
+    "Gain",
     "Interval",
     "Point",
     "PointSpec",
+    "Quantity",
+    "Scored",
     "accuracy_at",
     "accuracy_difference",
     "at_compute",
     "average_quality",
+    "best_others",
     "build_evaluation",
+    "check_lines",
+    "check_native",
+    "check_seeds",
     "compare",
     "comparison_table",
     "compute_at_accuracy",
     "evaluate_all",
     "frontier",
+    "gain",
+    "group_curves",
     "hypervolume",
+    "iqm",
     "load_evaluation",
     "log_likelihood_difference",
     "loss_at",
     "ratio_interval",
     "report_console",
+    "report_parts",
+    "rivals_table",
     "save_figure",
+    "score_all",
+    "scores_along",
     "summarize",
+    "summary_table",
     "tradeoff_figure",
     "tradeoff_table",
     "usage_figure",

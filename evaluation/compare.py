@@ -1,128 +1,112 @@
-"""Routers at equal compute: interpolation along a curve, and paired differences."""
+"""One router against every other at equal compute: paired differences, and who is the best other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any, get_args
 
-from evaluation.intervals import DocumentSums, Interval, accuracy_difference, log_likelihood_difference
-from evaluation.points import Point
+import numpy as np
+
+from evaluation.bootstrap import Gain, gain
+from evaluation.curves import Curve, Curves, Quantity, scores_along, sums_along
+from evaluation.intervals import FloatArray, shared_tokens
+
+COMPUTES = (0.7, 0.6, 0.5, 0.4)
+"""Fractions of native compute at which routers are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The learned router against the best fixed one at the same compute."""
+    """The learned router against one other at the same compute, on held-out text."""
 
     compute: float
     """Fraction of native compute, both routers' own cost included."""
+    quantity: Quantity
     rival: str
-    """Name of the best fixed router at this compute."""
-    difference: Interval
-    """Log-likelihood of the learned router minus the rival's, nats a token; above 0 the learned one is better."""
-    accuracy_difference: Interval
-    """The same for accuracy, as a fraction."""
-    learned_loss: float
-    """Nats a token."""
-    rival_loss: float
-    """Nats a token."""
+    """Name of the other router."""
+    best: bool
+    """Whether selection text names it the best other router at this compute in this quantity."""
+    gain: Gain
+    """Nats a token, or a fraction of tokens; above 0 the learned router is better."""
 
-
-def frontier(points: Sequence[Point]) -> list[Point]:
-    """Points of one router that no other point beats or equals at the same or less compute, by compute."""
-    kept: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.compute, -point.log_likelihood)):
-        if not kept or point.log_likelihood > kept[-1].log_likelihood:
-            kept.append(point)
-    return kept
-
-
-def at_compute(points: Sequence[Point], compute: float) -> DocumentSums | None:
-    """Interpolate one router's curve linearly between the two frontier points around `compute`.
-
-    Args:
-        points: Points of one router, any order.
-        compute: Fraction of native compute.
-
-    Returns:
-        Scores by document; None below the cheapest point. Behind the last frontier point, where paying more buys this
-        router nothing, that point's scores: a budget need not be used up.
-    """
-    curve = frontier(points)
-    if not curve or compute < curve[0].compute:
-        return None
-    for left, right in pairwise(curve):
-        if compute <= right.compute:
-            share = (compute - left.compute) / (right.compute - left.compute)
-            return left.documents.mix(right.documents, share)
-    return curve[-1].documents
-
-
-def loss_at(points: Sequence[Point], compute: float) -> float | None:
-    """Held-out loss of one router at `compute` in nats a token; None below its range."""
-    scores = at_compute(points, compute)
-    return None if scores is None else -scores.mean_log_likelihood
-
-
-def accuracy_at(points: Sequence[Point], compute: float) -> float | None:
-    """Held-out accuracy of one router at `compute` as a fraction; None below its range."""
-    scores = at_compute(points, compute)
-    return None if scores is None else scores.accuracy
-
-
-def compute_at_accuracy(points: Sequence[Point], native_accuracy: float, share: float = 0.99) -> float | None:
-    """Smallest compute from which on one router's curve keeps `share` of native accuracy.
-
-    Args:
-        points: Points of one router, any order.
-        native_accuracy: Fraction of tokens that native routing predicts right.
-        share: Share of it to keep.
-
-    Returns:
-        Fraction of native compute, linear between points; None if the dearest frontier point falls short.
-    """
-    target = share * native_accuracy
-    curve = frontier(points)
-    if not curve or curve[-1].accuracy < target:
-        return None
-    for left, right in reversed(list(pairwise(curve))):
-        if left.accuracy < target:
-            part = (target - left.accuracy) / (right.accuracy - left.accuracy)
-            return left.compute + part * (right.compute - left.compute)
-    return curve[0].compute
+    def to_json(self) -> dict[str, Any]:
+        """One entry of `comparisons` in `evaluation.json`."""
+        return {
+            "quantity": self.quantity,
+            "compute": self.compute,
+            "rival": self.rival,
+            "best_other": self.best,
+            "learned": self.gain.ours,
+            "other": self.gain.theirs,
+            "difference": self.gain.difference.to_json(),
+            "probability_of_improvement": self.gain.probability.to_json(),
+        }
 
 
 def compare(
-    learned: Sequence[Point], rivals: Mapping[str, Sequence[Point]], computes: Sequence[float]
+    curves: Curves, computes: Sequence[float], *, learned: str = "learned", bounds: Collection[str] = ()
 ) -> list[Comparison]:
-    """Hold the learned router against the best fixed router at each compute.
+    """Hold the learned router against every other at each compute.
 
-    The rival is chosen by its mean on the very text it is then judged on. That favours the rival: the reported
-    advantage of the learned router is, if anything, too small.
+    The best other is named by selection text, in each quantity on its own, and judged on held-out text like all.
+    A router reaches a compute if all of its seeds do.
 
     Args:
-        learned: Points of the learned router.
-        rivals: Points of each fixed router by name.
+        curves: Of all routers.
         computes: Fractions of native compute.
+        learned: Name of the router that is compared.
+        bounds: Routers that can't be the best other unless there is nothing else, such as those that are not causal.
 
     Returns:
-        One comparison for each compute that the learned router and at least one rival reach.
+        One comparison for each quantity, compute and router, of those that this one and the learned one reach.
+
+    Raises:
+        ValueError: If two routers were scored on different text.
     """
+    if not curves.get(learned):
+        return []
+    rivals = {name: seeds for name, seeds in curves.items() if name != learned}
+    return [
+        comparison
+        for quantity in get_args(Quantity)
+        for comparison in _compare(curves[learned], rivals, computes, quantity, bounds)
+    ]
+
+
+def best_others(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Those against the best other router, by compute."""
+    return [comparison for comparison in comparisons if comparison.best]
+
+
+def _compare(
+    learned: Sequence[Curve], rivals: Curves, computes: Sequence[float], quantity: Quantity, bounds: Collection[str]
+) -> list[Comparison]:
+    documents = learned[0][0].held_out.documents
+    ours = sums_along(learned, computes, quantity)
+    theirs = {name: sums_along(seeds, computes, quantity) for name, seeds in rivals.items()}
+    chosen_by = {name: scores_along(seeds, computes, quantity, "selection") for name, seeds in rivals.items()}
     comparisons = []
-    for compute in computes:
-        ours = at_compute(learned, compute)
-        reached = {name: scores for name in rivals if (scores := at_compute(rivals[name], compute)) is not None}
-        if ours is None or not reached:
+    for index, compute in enumerate(computes):
+        if not _reached(ours[index]):
             continue
-        rival = max(reached, key=lambda name: reached[name].mean_log_likelihood)
-        comparisons.append(
-            Comparison(
-                compute=compute,
-                rival=rival,
-                difference=log_likelihood_difference(ours, reached[rival]),
-                accuracy_difference=accuracy_difference(ours, reached[rival]),
-                learned_loss=-ours.mean_log_likelihood,
-                rival_loss=-reached[rival].mean_log_likelihood,
+        reached = [name for name in rivals if _reached(theirs[name][index])]
+        best = _best({name: float(chosen_by[name][index]) for name in reached}, bounds)
+        for name in reached:
+            tokens = shared_tokens(documents, rivals[name][0][0].held_out.documents)
+            found = gain(ours[index], theirs[name][index], tokens)
+            comparisons.append(
+                Comparison(compute=compute, quantity=quantity, rival=name, best=name == best, gain=found)
             )
-        )
     return comparisons
+
+
+def _reached(sums: FloatArray) -> bool:
+    return not np.isnan(sums).any()
+
+
+def _best(scores: dict[str, float], bounds: Collection[str]) -> str | None:
+    """The router with the highest score; a bound only where there is no rival, and None where no score is known."""
+    known = {name: score for name, score in scores.items() if not np.isnan(score)}
+    eligible = {name: score for name, score in known.items() if name not in bounds} or known
+    return max(eligible, key=lambda name: eligible[name], default=None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -24,9 +25,9 @@ class Interval:
     low: float
     high: float
 
-    def to_json(self) -> dict[str, float]:
-        """Keys `mean`, `low` and `high`."""
-        return asdict(self)
+    def to_json(self) -> dict[str, float | None]:
+        """Keys `mean`, `low` and `high`; None for an end out of reach, which is infinite here."""
+        return {name: value if math.isfinite(value) else None for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,21 +65,20 @@ class DocumentSums:
 
 def log_likelihood_difference(first: DocumentSums, second: DocumentSums, *, seed: int = 0) -> Interval:
     """`first` minus `second` in nats a token, paired over documents."""
-    return ratio_interval(first.log_likelihood - second.log_likelihood, _shared_tokens(first, second), seed=seed)
+    return ratio_interval(first.log_likelihood - second.log_likelihood, shared_tokens(first, second), seed=seed)
 
 
 def accuracy_difference(first: DocumentSums, second: DocumentSums, *, seed: int = 0) -> Interval:
     """`first` minus `second` as a fraction of tokens, paired over documents."""
-    return ratio_interval(first.correct - second.correct, _shared_tokens(first, second), seed=seed)
+    return ratio_interval(first.correct - second.correct, shared_tokens(first, second), seed=seed)
 
 
-def ratio_interval(sums: FloatArray, tokens: FloatArray, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+def ratio_interval(sums: FloatArray, tokens: FloatArray, *, seed: int = 0) -> Interval:
     """Percentile bootstrap of a mean per token; documents are the unit of resampling.
 
     Args:
         sums: Sum over the tokens of each document (num_documents,), float64, any unit.
         tokens: Tokens of each document, same shape.
-        resamples: Bootstrap resamples.
         seed: Seed of the resamples; equal seeds draw equal documents.
 
     Returns:
@@ -86,21 +86,31 @@ def ratio_interval(sums: FloatArray, tokens: FloatArray, *, resamples: int = RES
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
     """
-    weights = _document_weights(len(tokens), resamples, seed)
-    ratios = (weights @ sums) / (weights @ tokens)
-    low, high = np.quantile(ratios, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
-    return Interval(mean=float(sums.sum() / tokens.sum()), low=float(low), high=float(high))
+    weights = document_weights(len(tokens), seed)
+    return percentile_interval(float(sums.sum() / tokens.sum()), (weights @ sums) / (weights @ tokens))
 
 
-@lru_cache(maxsize=2)
-def _document_weights(num_documents: int, resamples: int, seed: int) -> FloatArray:
-    """How often each resample drew each document (resamples, num_documents), float64."""
+def percentile_interval(estimate: float, samples: FloatArray) -> Interval:
+    """The estimate, and what holds the middle 95 % of its resamples (num_resamples,), some of which may be infinite."""
+    ends = [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2]
+    low, high = np.quantile(samples, ends, method="inverted_cdf")  # mixes no two resamples: one may be infinite
+    return Interval(mean=estimate, low=float(low), high=float(high))
+
+
+@lru_cache(maxsize=4)
+def document_weights(num_documents: int, seed: int = 0) -> FloatArray:
+    """How often each resample drew each document (RESAMPLES, num_documents), float64."""
     generator = np.random.default_rng(seed)
     shares = np.full(num_documents, 1 / num_documents)
-    return generator.multinomial(num_documents, shares, size=resamples).astype(np.float64)
+    return generator.multinomial(num_documents, shares, size=RESAMPLES).astype(np.float64)
 
 
-def _shared_tokens(first: DocumentSums, second: DocumentSums) -> FloatArray:
+def shared_tokens(first: DocumentSums, second: DocumentSums) -> FloatArray:
+    """Tokens of each document (num_documents,), float64.
+
+    Raises:
+        ValueError: If the two did not score the same text.
+    """
     if not np.array_equal(first.tokens, second.tokens):
         raise ValueError(
             f"paired scores must cover the same tokens of the same documents, "

@@ -2,61 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from evaluation.compare import frontier
-from evaluation.intervals import FloatArray, Interval
+from evaluation.bootstrap import iqm, resample
+from evaluation.curves import Curve, Curves, Quantity, frontier, sums_along, sums_of, tokens_of
+from evaluation.intervals import FloatArray, percentile_interval
 from evaluation.points import Point
 from moe_backbone.files import write_atomic
 
 LEARNED_COLOR = "#D55E00"
-COLORS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666")
+COLORS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's palette for colour blindness, without the learned router's colour."""
+GREY = "#9A9A9A"
+"""Of the routers after the first few, which only marker and line tell apart."""
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8", "H", "x", "+", "1", "2")
 LINES = tuple(line for line in ("-", "--", ":", "-.") for _ in COLORS)
 DEEPEST_LOSS = 0.5
 """Nats a token below native where the axis ends at the latest."""
+MOST_MARKERS = 14
+"""Markers on a line at most; several seeds have many settings."""
 
-Quantity = Callable[[Point], Interval]
+LABELS: Mapping[Quantity, str] = {
+    "accuracy": "Accuracy (fraction of tokens)",
+    "log_likelihood": "Log-likelihood (nats per token)",
+}
 
 
-def tradeoff_figure(curves: Mapping[str, Sequence[Point]], native: Point, *, learned: str = "learned") -> Figure:
-    """Accuracy and log-likelihood against compute, one line for each router through its best points.
+def tradeoff_figure(curves: Curves, native: Point, *, learned: str = "learned") -> Figure:
+    """Accuracy and log-likelihood against compute on held-out text, one line for each router.
 
-    The vertical axes reach down to the learned router's worst point, at most 0.5 nats below native.
+    A line is the interquartile mean over seeds. The vertical axes reach down to the learned router's worst setting, at
+    most 0.5 nats below native.
 
     Args:
-        curves: Points of each router by name.
-        native: The point of native routing.
+        curves: Of all routers; the first few that are not learned get a colour and a band, the others are grey.
+        native: The held-out point of native routing.
         learned: Name of the router that is drawn on top.
 
     Returns:
-        A figure of two panels; bands are 95 % intervals of the difference to native.
+        A figure of two panels; bands are 95 % intervals of the difference to native, over documents and seeds.
     """
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
+    rows = -(-(len(curves) + 1) // 6)
+    figure = Figure(figsize=(11, 5.0 + 0.22 * rows), layout="constrained")
     focus = _focus(curves, native, learned)
-    labels = ("Accuracy (fraction of tokens)", "Log-likelihood (nats per token)")
-    for axes, label, quantity in zip(figure.subplots(1, 2), labels, (_accuracy, _log_likelihood), strict=True):
+    shown = [point.held_out for seeds in curves.values() for curve in seeds for point in frontier(curve)]
+    for axes, quantity in zip(figure.subplots(1, 2), reversed(get_args(Quantity)), strict=True):
         for name, style in _styles(curves, learned).items():
-            _draw_curve(axes, curves[name], quantity, name, style)
-        base = quantity(native).mean
+            _draw_router(axes, curves[name], quantity, _label(name, curves[name]), style)
+        base = _mean(native, quantity)
         axes.axhline(base, color="black", linewidth=1, linestyle=":", zorder=1)
         axes.plot(native.compute, base, "k*", markersize=13, label="native", zorder=6)
         axes.set_xlabel("Compute (fraction of native routable FLOPs, router included)")
-        axes.set_ylabel(label)
+        axes.set_ylabel(LABELS[quantity])
         _limit(axes, focus, quantity)
-        _note_hidden(axes, [point for points in curves.values() for point in points], quantity)
+        _note_hidden(axes, shown, quantity)
     handles = axes.get_legend_handles_labels()[0][::-1]  # native and the learned router first
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
-    figure.suptitle("Held-out quality at equal compute; bands: 95 % interval of the difference to native", fontsize=11)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False, fontsize="small"
+    )
+    figure.suptitle(_title(curves), fontsize=11)
     return figure
 
 
@@ -93,55 +105,65 @@ def save_figure(figure: Figure, path: Path, *, dpi: int = 150) -> None:
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=dpi))
 
 
+def _title(curves: Curves) -> str:
+    seeds = max(map(len, curves.values()))
+    over = f", interquartile mean over {seeds} seeds" if seeds > 1 else ""
+    return f"Held-out quality at equal compute{over}; bands: 95 % interval of the difference to native"
+
+
+def _label(name: str, seeds: Sequence[Curve]) -> str:
+    return name if all(point.causal for curve in seeds for point in curve) else f"{name} (not causal)"
+
+
 def _styles(names: Iterable[str], learned: str) -> dict[str, dict[str, Any]]:
-    """Line style of each router, the learned one last so that it lies on top."""
-    looks = zip(cycle(COLORS), cycle(MARKERS), cycle(LINES), strict=False)
+    """Line style of each router, the learned one last so that it lies on top, and colours above grey."""
+    looks = zip(cycle(MARKERS), cycle(LINES), strict=False)
     styles: dict[str, dict[str, Any]] = {}
-    for name, (color, marker, line) in zip((name for name in names if name != learned), looks, strict=False):
-        styles[name] = {"color": color, "marker": marker, "linestyle": line, "linewidth": 1.3, "markersize": 4.5}
-        styles[name]["zorder"] = 3
+    others = (name for name in names if name != learned)
+    for index, (name, (marker, line)) in enumerate(zip(others, looks, strict=False)):
+        named = index < len(COLORS)
+        look = {"color": COLORS[index] if named else GREY, "marker": marker, "linestyle": line}
+        size = {"linewidth": 1.4 if named else 0.9, "markersize": 4.5 if named else 3.5, "zorder": 3 if named else 2}
+        styles[name] = look | size
+    styles = dict(reversed(styles.items()))
     if learned in names:
         styles[learned] = {"color": LEARNED_COLOR, "marker": "o", "linewidth": 2.8, "markersize": 6.5, "zorder": 5}
     return styles
 
 
-def _draw_curve(axes: Axes, points: Sequence[Point], quantity: Quantity, name: str, style: Mapping[str, Any]) -> None:
-    """A line with its band through the frontier; points behind it as faint markers."""
-    best = frontier(points)
-    computes, values = [point.compute for point in best], [quantity(point) for point in best]
-    axes.plot(computes, [value.mean for value in values], label=name, **style)
-    lows, highs = [value.low for value in values], [value.high for value in values]
-    axes.fill_between(computes, lows, highs, color=style["color"], alpha=0.16, linewidth=0, zorder=2)
-    behind = [point for point in points if point not in best]
-    look = {"color": style["color"], "marker": style["marker"], "markersize": style["markersize"]}
-    axes.plot([p.compute for p in behind], [quantity(p).mean for p in behind], linestyle="", alpha=0.3, **look)
+def _draw_router(axes: Axes, seeds: Sequence[Curve], quantity: Quantity, label: str, style: Mapping[str, Any]) -> None:
+    """A line through the computes of the chosen settings that all seeds reach, with its band unless it is grey."""
+    reach = [[point.held_out.compute for point in frontier(curve)] for curve in seeds]
+    cheapest = max(computes[0] for computes in reach)
+    computes = sorted({compute for seed in reach for compute in seed if compute >= cheapest})
+    sums, tokens = sums_along(seeds, computes, quantity), tokens_of(seeds[0])
+    every = -(-len(computes) // MOST_MARKERS)
+    axes.plot(computes, iqm(sums.sum(-1)) / tokens.sum(), label=label, markevery=every, **style)
+    if style["color"] == GREY:
+        return
+    native = sums_of(seeds[0][0].held_out.native_documents, quantity)
+    drawn = iqm(resample(sums - native, tokens, stratum=0)) + native.sum() / tokens.sum()
+    bands = [percentile_interval(0.0, samples) for samples in drawn.T]
+    lows, highs = [band.low for band in bands], [band.high for band in bands]
+    alpha = 0.2 if style["color"] == LEARNED_COLOR else 0.09
+    axes.fill_between(computes, lows, highs, color=style["color"], alpha=alpha, linewidth=0, zorder=2)
 
 
-def _accuracy(point: Point) -> Interval:
-    """Accuracy as a fraction, with the interval of its difference to native."""
-    return _shift(point.delta_accuracy, point.native_documents.accuracy)
+def _mean(point: Point, quantity: Quantity) -> float:
+    return point.accuracy if quantity == "accuracy" else point.log_likelihood
 
 
-def _log_likelihood(point: Point) -> Interval:
-    """Log-likelihood in nats a token, with the interval of its difference to native."""
-    return _shift(point.delta_log_likelihood, point.native_documents.mean_log_likelihood)
-
-
-def _shift(interval: Interval, base: float) -> Interval:
-    return Interval(mean=interval.mean + base, low=interval.low + base, high=interval.high + base)
-
-
-def _focus(curves: Mapping[str, Sequence[Point]], native: Point, learned: str) -> list[Point]:
+def _focus(curves: Curves, native: Point, learned: str) -> list[Point]:
     """Points that the axes must show: the learned router's, or else everyone's, that are not far below native."""
-    every = [point for points in curves.values() for point in points]
-    near = [p for p in curves.get(learned, every) if p.log_likelihood >= native.log_likelihood - DEEPEST_LOSS]
-    return [*near, native]
+    wanted = [curves[learned]] if learned in curves else curves.values()
+    every = [point.held_out for seeds in wanted for curve in seeds for point in curve]
+    return [*(point for point in every if point.log_likelihood >= native.log_likelihood - DEEPEST_LOSS), native]
 
 
 def _limit(axes: Axes, focus: Sequence[Point], quantity: Quantity) -> None:
     """Fit the axes around `focus`, the last of which is native, with room above it."""
-    base = quantity(focus[-1]).mean
-    depth = max(base - min(quantity(point).mean for point in focus), 1e-3)
+    base = _mean(focus[-1], quantity)
+    depth = max(base - min(_mean(point, quantity) for point in focus), 1e-3)
     axes.set_ylim(base - 1.1 * depth, base + 0.12 * depth)
     axes.set_xlim(min(point.compute for point in focus) - 0.04, max(point.compute for point in focus) + 0.04)
     axes.grid(alpha=0.25)
@@ -149,8 +171,9 @@ def _limit(axes: Axes, focus: Sequence[Point], quantity: Quantity) -> None:
 
 
 def _note_hidden(axes: Axes, points: Sequence[Point], quantity: Quantity) -> None:
-    """Say how many points the limits cut off."""
+    """Say how many chosen settings the limits cut off."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    hidden = sum(not (left <= p.compute <= right and bottom <= quantity(p).mean <= top) for p in points)
+    hidden = sum(not (left <= p.compute <= right and bottom <= _mean(p, quantity) <= top) for p in points)
     if hidden:
-        axes.set_title(f"{hidden} of {len(points)} points lie outside the axes", fontsize=8, loc="right", color="0.4")
+        note = f"{hidden} of {len(points)} settings lie outside the axes"
+        axes.set_title(note, fontsize=8, loc="right", color="0.4")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,62 +12,64 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from evaluation.compare import Comparison, at_compute, compute_at_accuracy
+from evaluation.checks import Check
+from evaluation.compare import COMPUTES, Comparison, best_others
+from evaluation.curves import Curve, Curves, Quantity, Scored, scores_along
 from evaluation.evaluator import Evaluator
-from evaluation.intervals import DocumentSums, Interval
+from evaluation.intervals import Interval
 from evaluation.points import Point
+from evaluation.results import Evaluation
 from moe_backbone.files import write_text_atomic
 
 SCHEMA = 1
 KEYS = {"schema", "corpus", "backbone", "native", "points", "summary"}
-"""Top-level keys of `evaluation.json`."""
-COMPUTES = (0.7, 0.6, 0.5, 0.4)
-"""Fractions of native compute that the tables show."""
+"""Top-level keys that every `evaluation.json` has; newer ones also have `comparisons` and `checks`."""
 PIPED_WIDTH = 100
 """Columns where the output is not a terminal."""
 NAME_WIDTH = 17
 """Columns after which a router's name goes on in the next line, so that the numbers keep theirs."""
+UNITS: Mapping[Quantity, tuple[float, int, str]] = {"log_likelihood": (1, 4, "nats"), "accuracy": (100, 2, "%")}
+"""Factor, digits and unit of a quantity in the tables."""
+SMALL_UNITS: Mapping[Quantity, tuple[float, int, str]] = {
+    "log_likelihood": (1000, 1, "0.001 nats a token"),
+    "accuracy": (100, 1, "% points of accuracy"),
+}
+"""The same where columns are scarce."""
 
 
 def build_evaluation(
-    evaluator: Evaluator,
-    points: Sequence[Point],
-    summary: Mapping[str, Mapping[str, float | None]],
-    *,
-    corpus: str,
-    backbone: str,
-    sha256: str,
-    parameters: int,
+    evaluation: Evaluation, *, corpus: str, backbone: str, sha256: str, parameters: int
 ) -> dict[str, Any]:
     """The content of `evaluation.json`, schema 1.
 
     Args:
-        evaluator: Holds the held-out windows and the native scores.
-        points: Points of all routers.
-        summary: From `summarize`.
+        evaluation: All that was scored; native becomes the first of `points`.
         corpus: Name of the corpus.
         backbone: Name of the backbone.
         sha256: Hash of its weights.
         parameters: Trained numbers in it.
     """
+    selection, held_out = evaluation.selection, evaluation.held_out
+    native = Scored(selection=selection.native, held_out=held_out.native)
     return {
         "schema": SCHEMA,
-        "corpus": {
-            "name": corpus,
-            "split": evaluator.split.name,
-            "tokens": evaluator.num_tokens,
-            "documents": evaluator.num_documents,
-        },
+        "corpus": {"name": corpus, **_text(held_out), "selection": _text(selection)},
         "backbone": {
             "name": backbone,
             "sha256": sha256,
             "parameters": parameters,
-            "sites": [site.name for site in evaluator.sites],
+            "sites": [site.name for site in held_out.sites],
         },
-        "native": {"accuracy": evaluator.native.accuracy, "log_likelihood": evaluator.native.log_likelihood},
-        "points": [point.to_json() for point in points],
-        "summary": {name: dict(entry) for name, entry in summary.items()},
+        "native": {"accuracy": held_out.native.accuracy, "log_likelihood": held_out.native.log_likelihood},
+        "points": [point.to_json() for point in (native, *evaluation.scored)],
+        "summary": evaluation.summary,
+        "comparisons": [comparison.to_json() for comparison in evaluation.comparisons],
+        "checks": [check.to_json() for check in evaluation.checks],
     }
+
+
+def _text(evaluator: Evaluator) -> dict[str, Any]:
+    return {"split": evaluator.split.name, "tokens": evaluator.num_tokens, "documents": evaluator.num_documents}
 
 
 def write_evaluation(path: Path, evaluation: Mapping[str, Any]) -> None:
@@ -91,7 +94,7 @@ def load_evaluation(path: Path) -> dict[str, Any]:
     schema = evaluation.get("schema") if isinstance(evaluation, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"schema must be {SCHEMA}, got {schema!r} in {path}")
-    if set(evaluation) != KEYS:
+    if not set(evaluation) >= KEYS:
         raise ValueError(f"evaluation must have the keys {sorted(KEYS)}, got {sorted(evaluation)} in {path}")
     return evaluation
 
@@ -102,14 +105,31 @@ def report_console(file: IO[str] | None = None) -> Console:
     return console if console.is_terminal else Console(file=file, width=PIPED_WIDTH)
 
 
+def report_parts(evaluation: Evaluation) -> Iterator[Table | str]:
+    """What a terminal shows, the answer last."""
+    curves, comparisons = evaluation.curves, evaluation.comparisons
+    yield tradeoff_table(curves, evaluation.held_out.native, evaluation.summary)
+    yield summary_table(curves, evaluation.summary)
+    if comparisons:
+        yield rivals_table(comparisons, "log_likelihood")
+        yield rivals_table(comparisons, "accuracy")
+        yield comparison_table(comparisons)
+    yield "\n".join(check_lines(evaluation.checks))
+
+
 def tradeoff_table(
-    curves: Mapping[str, Sequence[Point]], native: Point, *, computes: Sequence[float] = COMPUTES
+    curves: Curves,
+    native: Point,
+    summary: Mapping[str, Mapping[str, Any]],
+    *,
+    computes: Sequence[float] = COMPUTES,
 ) -> Table:
     """One row for each router: held-out loss, difference to native and accuracy retained at equal compute.
 
     Args:
-        curves: Points of each router by name.
-        native: The point of native routing.
+        curves: Of all routers.
+        native: The held-out point of native routing.
+        summary: From `summarize`.
         computes: Fractions of native compute, one column each.
     """
     table = _table("Held-out loss in nats, change from native, % of native accuracy kept; by compute", "router")
@@ -119,33 +139,90 @@ def tradeoff_table(
     facts = [f"loss {native.loss:.4f}", f"accuracy {native.accuracy:.4f}", f"compute {native.compute:.2f}"]
     cells = (facts + [""] * len(computes))[: len(computes)]
     table.add_row("native", *cells, f"{native.compute:.3f}", end_section=True)
-    for name, points in curves.items():
-        cells = [_cell(at_compute(points, compute), native) for compute in computes]
-        reached = compute_at_accuracy(points, native.accuracy)
-        style = "bold" if name == "learned" else None
-        table.add_row(name, *cells, "-" if reached is None else f"{reached:.3f}", style=style)
-    table.caption = "99% at: least compute that keeps 99% of native accuracy.  -: this router costs more."
+    for name, seeds in curves.items():
+        scores = zip(
+            scores_along(seeds, computes, "log_likelihood"), scores_along(seeds, computes, "accuracy"), strict=True
+        )
+        cells = [_cell(log_likelihood, accuracy, native) for log_likelihood, accuracy in scores]
+        reached = summary[name]["compute_at_99_accuracy"]
+        cells.append("-" if reached is None else f"{reached:.3f}")
+        table.add_row(_marked(name, seeds), *cells, style=_style(name))
+    most = max(map(len, curves.values()))
+    over = f"Interquartile mean over {most} seeds where anything is drawn.\n" if most > 1 else ""
+    table.caption = f"{over}99% at: least compute that keeps 99% of native accuracy.  -: this router costs more."
+    table.caption += _note(curves)
+    return table
+
+
+def summary_table(curves: Curves, summary: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One row for each router: numbers for its whole curve, with intervals."""
+    table = _table("Whole curves: mean over seeds [95% interval over seeds and documents]", "router")
+    keys = {"hypervolume": "hypervolume", "aiq": "AIQ", "compute_at_99_accuracy": "99% accuracy at"}
+    for header in ("seeds", *keys.values()):
+        table.add_column(header, justify="right")
+    for name, seeds in curves.items():
+        intervals = summary[name]["intervals"]
+        cells = [_ends(intervals[key]) if key in intervals else "-" for key in keys]
+        table.add_row(_marked(name, seeds), str(len(seeds)), *cells, style=_style(name))
+    table.caption = "Hypervolume, AIQ: areas under accuracy by compute, more is better." + _note(curves)
     return table
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> Table:
-    """The learned router against the best fixed one, one row for each compute; differences with 95 % intervals."""
-    table = _table("Learned router against the best fixed router at equal compute", "compute")
-    table.add_column("best fixed\nrouter", overflow="fold", max_width=NAME_WIDTH)
-    gains = ("gain in log-likelihood\n(nats/token)", "gain in accuracy\n(% points)")
-    for header in ("learned\nloss", "fixed\nloss", *gains):
+    """The learned router against the best other, one row for each quantity and compute, with intervals."""
+    table = _table("Learned router against the best other router at equal compute, held-out text", "compute")
+    table.add_column("best other", overflow="fold", max_width=NAME_WIDTH)
+    table.add_column("in")
+    for header in ("learned", "other", "gain [95%]", "P(better) [95%]"):
         table.add_column(header, justify="right")
-    for row in comparisons:
+    for row in best_others(comparisons):
+        scale, digits, unit = UNITS[row.quantity]
         table.add_row(
             f"{row.compute:.2f}",
             row.rival,
-            f"{row.learned_loss:.4f}",
-            f"{row.rival_loss:.4f}",
-            _interval(row.difference, 1, 4),
-            _interval(row.accuracy_difference, 100, 2),
+            unit,
+            f"{scale * row.gain.ours:.{digits}f}",
+            f"{scale * row.gain.theirs:.{digits}f}",
+            _interval(row.gain.difference, scale, digits),
+            _interval(row.gain.probability, 1, 2, sign=""),
         )
-    table.caption = "Gain: learned minus best fixed [95% interval, paired over documents]."
+    table.caption = (
+        "Best other: named by selection text. nats: log-likelihood a token; %: accuracy.\n"
+        "P(better): share of pairs of seeds in which the learned router is better.\n"
+        "Intervals: paired over documents, stratified over seeds."
+    )
     return table
+
+
+def rivals_table(comparisons: Sequence[Comparison], quantity: Quantity) -> Table:
+    """The learned router against every other: its gain at each compute, with intervals; the best other is marked."""
+    rows = [row for row in comparisons if row.quantity == quantity]
+    computes = list(dict.fromkeys(row.compute for row in rows))
+    scale, digits, title = SMALL_UNITS[quantity]
+    table = _table(f"Gain of the learned router over each other, {title} [95%]", "over")
+    for compute in computes:
+        table.add_column(f"at {compute:.2f}", justify="right")
+    for rival in dict.fromkeys(row.rival for row in rows):
+        found = {row.compute: row for row in rows if row.rival == rival}
+        cells = [
+            (">" if found[compute].best else "") + _short(found[compute].gain.difference, scale, digits)
+            if compute in found
+            else "-"
+            for compute in computes
+        ]
+        table.add_row(rival, *cells)
+    table.caption = ">: the best other router at this compute, by selection text.\n-: one of the two costs more."
+    return table
+
+
+def check_lines(checks: Sequence[Check]) -> list[str]:
+    """What the A/A checks found, a line each; those that failed begin with `A/A FAILED`."""
+    lines = []
+    for check in checks:
+        scale, digits, unit = UNITS[check.quantity]
+        verdict = "A/A equal" if check.equal else "A/A FAILED"
+        lines.append(f"{verdict}: {check.name}: {_interval(check.difference, scale, digits)} {unit}")
+    return lines
 
 
 def _table(title: str, first_column: str) -> Table:
@@ -156,22 +233,51 @@ def _table(title: str, first_column: str) -> Table:
     return table
 
 
-def _cell(scores: DocumentSums | None, native: Point) -> str:
+def _cell(log_likelihood: float, accuracy: float, native: Point) -> str:
     """Loss, change of loss and percentage of native accuracy, such as `1.326 +.023 99.4`."""
-    if scores is None:
+    if math.isnan(log_likelihood):
         return "-"
-    loss = -scores.mean_log_likelihood
-    share = scores.accuracy / native.accuracy if native.accuracy else 1.0
-    change = loss - native.loss
+    share = accuracy / native.accuracy if native.accuracy else 1.0
+    change = native.log_likelihood - log_likelihood
     digits = 2 if abs(change) >= 1 else 3  # a column of one width leaves room for the names
-    return f"{loss:.3f} {_signed(change, digits)} {100 * share:.1f}"
+    return f"{-log_likelihood:.3f} {_signed(change, digits)} {100 * share:.1f}"
 
 
-def _interval(interval: Interval, scale: float, digits: int) -> str:
-    mean, low, high = (_signed(scale * value, digits) for value in (interval.mean, interval.low, interval.high))
+def _marked(name: str, seeds: Sequence[Curve]) -> str:
+    return name if all(point.causal for curve in seeds for point in curve) else f"{name}*"
+
+
+def _note(curves: Curves) -> str:
+    names = [name for name, seeds in curves.items() if _marked(name, seeds) != name]
+    return "\n*: not causal, so it is a bound and no rival." if names else ""
+
+
+def _style(name: str) -> str | None:
+    return "bold" if name == "learned" else None
+
+
+def _ends(interval: Mapping[str, float | None]) -> str:
+    """`.570 [.565, .576]`; a dash for an end out of reach."""
+    ends = ("-" if value is None else f"{value:.3f}".removeprefix("0") for value in interval.values())
+    mean, low, high = ends
     return f"{mean} [{low}, {high}]"
 
 
-def _signed(value: float, digits: int) -> str:
+def _interval(interval: Interval, scale: float, digits: int, sign: str = "+") -> str:
+    mean, low, high = (_signed(scale * value, digits, sign) for value in (interval.mean, interval.low, interval.high))
+    return f"{mean} [{low}, {high}]"
+
+
+def _short(interval: Interval, scale: float, digits: int) -> str:
+    """`+6.7 [3.3, 9.6]` in at most 17 columns: whole numbers from 10 on, and no plus sign from 1000 on."""
+    values = [scale * value for value in (interval.mean, interval.low, interval.high)]
+    largest = max(map(abs, values))
+    mean, low, high = (f"{value:.{digits if largest < 10 else 0}f}" for value in values)
+    plus = "+" if largest < 1000 and not mean.startswith("-") else ""
+    return f"{plus}{mean} [{low}, {high}]"
+
+
+def _signed(value: float, digits: int, sign: str = "+") -> str:
     """The sign always, a leading zero never: `+.023`."""
-    return f"{value:+.{digits}f}".replace("+0.", "+.").replace("-0.", "-.")
+    text = f"{value:{sign}.{digits}f}"
+    return text.replace("+0.", "+.").replace("-0.", "-.").removeprefix("0")

@@ -6,7 +6,8 @@ import pytest
 
 import evaluate_rl
 from moe_backbone import BackboneConfig
-from train_rl import PRESETS, main, parse
+from train_rl import main, parse
+from training_config import PRESETS
 
 
 def test_presets_parse() -> None:

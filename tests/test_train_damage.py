@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 import evaluate_rl
-import train_rl
+import training_run
 from moe_backbone import MoETransformer
 from policies.portable import DESCRIPTION, WEIGHTS, load_router
 from run_folder import read_config
-from train_rl import TrainConfig, main
+from train_rl import main
+from training_config import TrainConfig
 
 pytestmark = [
     pytest.mark.usefixtures("shared_cache"),
@@ -121,15 +122,15 @@ def test_full_disk_at_a_checkpoint_keeps_the_one_before(
     """One line; the older checkpoint is whole, no scratch file is left, and given room the run ends the same."""
     run_dir = tmp_path / "run"
     with monkeypatch.context() as patch:
-        save, saves = train_rl.Run.save, []
+        save, saves = training_run.Run.save, []
 
-        def second_fails(self: train_rl.Run) -> None:
+        def second_fails(self: training_run.Run) -> None:
             saves.append(1)
             if len(saves) == 2:
                 _break(patch, call)
             save(self)
 
-        patch.setattr(train_rl.Run, "save", second_fails)
+        patch.setattr(training_run.Run, "save", second_fails)
         assert "No space left on device" in refusal(main, tiny_run.words(run_dir, evaluation__routers="top-k"))
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["last.zip"]
     main(["--resume", str(run_dir)])

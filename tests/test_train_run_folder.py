@@ -16,7 +16,8 @@ from policies.baselines import FIXED_NAMES
 from policies.router_policy import RouterPolicy
 from policies.routing_ppo import RoutingPPO
 from run_folder import LIBRARIES, read_config
-from train_rl import PRESETS, TrainConfig, main, parse
+from train_rl import main, parse
+from training_config import PRESETS, TrainConfig
 
 POINT_KEYS = {
     "router",
@@ -33,8 +34,13 @@ POINT_KEYS = {
     "distinct_units",
     "load_cv",
     "seconds",
+    "causal",
+    "selection",
 }
-SUMMARY_KEYS = {"hypervolume", "aiq", "compute_at_99_accuracy", "accuracy_at_50_compute"}
+SUMMARY_KEYS = {
+    *("hypervolume", "aiq", "compute_at_99_accuracy", "accuracy_at_50_compute"),
+    *("seeds", "intervals", "rival"),
+}
 pytestmark = [
     pytest.mark.usefixtures("shared_cache"),
     # of SB3's rollout buffer, which leave-one-out advantages do not use
@@ -66,7 +72,7 @@ def test_run_folder_says_how_it_was_made(tiny_run: Any, finished: Path) -> None:
 def test_evaluation_follows_the_schema(tiny_run: Any, finished: Path) -> None:
     """Schema 1: native first, the learned router once a price with its seed and its own cost, on the test part."""
     content = load_evaluation(finished / "evaluation.json")
-    assert set(content) == KEYS
+    assert set(content) == KEYS | {"comparisons", "checks"}
     assert content["corpus"]["split"] == "test"
     assert content["corpus"]["documents"] >= 2
     assert len(content["backbone"]["sites"]) == tiny_run.num_sites

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from evaluation import DocumentSums, Evaluator, Point
+from evaluation import DocumentSums, Evaluator, Point, Scored
 from moe_backbone import MoETransformer
 from moe_backbone.corpus import Corpus
 
@@ -35,6 +36,24 @@ def make_point() -> Callable[..., Point]:
             load_cv=0.5,
             seconds=0.1,
         )
+
+    return make
+
+
+@pytest.fixture
+def make_scored(make_point: Callable[..., Point]) -> Callable[..., Scored]:
+    """A setting whose held-out (compute, log-likelihood, accuracy) is also its selection's, unless that is given."""
+
+    def make(
+        *held_out: float,
+        selection: tuple[float, ...] = (),
+        router: str = "hand",
+        seed: int | None = None,
+        causal: bool = True,
+    ) -> Scored:
+        setting = {} if causal else {"causal": False}
+        point = replace(make_point(*held_out, router=router), seed=seed, setting=setting)
+        return Scored(selection=make_point(*(selection or held_out), router=router), held_out=point)
 
     return make
 

@@ -1,0 +1,113 @@
+"""Settings of a training run, and its presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from envs import EnvConfig
+from evaluate_rl import EvaluationConfig
+from moe_backbone import BackboneConfig
+from moe_backbone.checks import require, require_at_least
+from moe_backbone.pretrain import PretrainConfig
+from policies.gating import GatingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """How the router learns; names as in Stable-Baselines3.
+
+    Raises:
+        ValueError: If a value is impossible; the message gives name, rule and actual value.
+    """
+
+    advantage: str = "leave_one_out"
+    """`leave_one_out`: against other rollouts of the same tokens, no critic. `gae`: SB3's own, with a critic."""
+    num_sequences: int = 8
+    """Different sequences of an update; each is rolled out `env.rollouts_per_sequence` times."""
+    learning_rate: float = 1e-3
+    """Adam's learning rate at the start; falls linearly to 3 % of it."""
+    n_epochs: int = 3
+    """Passes over an update's rollouts."""
+    batch_size: int = 4096
+    """Transitions of a minibatch: (token, site) pairs."""
+    clip_range: float = 0.2
+    """Clip of the probability ratio."""
+    ent_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    max_grad_norm: float = 0.5
+    """Clip of the gradient's norm."""
+    target_kl: float | None = None
+    """Stop an update when the KL estimate passes 1.5 times this; None for never."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "num_sequences", "n_epochs", "batch_size")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.advantage not in ("leave_one_out", "gae"):
+            raise ValueError(f"advantage must be leave_one_out or gae, got {self.advantage!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Learn a router for a mixture-of-experts backbone and compare it with every other at equal compute."""
+
+    run_dir: Path | None = None
+    """Folder of the run, made new; None for runs/DATE-TIME-seedN."""
+    resume: Path | None = None
+    """Folder of an interrupted run to go on with; its own settings are used, all others here are ignored."""
+    total_timesteps: int = 13_000_000
+    """(token, site) decisions that PPO learns from, after the warm start; rounded up to whole updates."""
+    seed: int = 0
+    """Seed of routers, rollouts and the text drawn; the backbone has its own, `pretrain.seed`."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto` for CUDA where there is one."""
+    corpus: tuple[Path, ...] = ()
+    """Files and folders of text, `.jsonl` or `.gz`; none for the source of the Python standard library."""
+    order: Literal["random", "passes"] = "random"
+    """How rollouts read the training text: windows at random places, or pass after pass over all of it, where
+    `env.native_cache_mb` keeps what native routing made of a window for the next pass."""
+    random_routing: float | None = None
+    """Share of sequences pretrained under random subsets: 0 for none, 0.5 if no value is given; None for
+    `pretrain.random_routing`."""
+    eval_times: int = 4
+    """Short looks at the validation documents during training, for TensorBoard."""
+    checkpoint_every: int = 50
+    """Updates between two checkpoints."""
+    backbone: BackboneConfig = BackboneConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    env: EnvConfig = EnvConfig(rollouts_per_sequence=4, price_low=0.01, price_high=2.5)
+    cost_limit: float | None = None
+    """Budget instead of prices: mean compute to train for, a fraction of native with the router's own cost; a Lagrange
+    multiplier finds the price."""
+    adapt_backbone: int = 0
+    """Steps of training the backbone on under the learned router, after which the router is trained again; 0 for
+    none, 600 if no value is given."""
+    compensation: bool = True
+    """Whether the router brings constants that stand in for skipped units; trained in the warm start, then kept."""
+    warm_start: GatingConfig = GatingConfig()
+    ppo: PPOConfig = PPOConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "total_timesteps", "checkpoint_every")
+        require_at_least(self, 0, "eval_times", "seed", "adapt_backbone")
+        limit = self.cost_limit
+        require(limit is None or 0 < limit <= 1, f"cost_limit must lie in (0, 1], got {limit}")
+        if self.random_routing is not None:
+            replace(self.pretrain, random_routing=self.random_routing)
+
+
+PRESETS = {
+    "small": ("2.7 M parameters; minutes on a laptop CPU.", TrainConfig()),
+    "base": (
+        "26 M parameters, for one GPU.",
+        TrainConfig(
+            total_timesteps=100_000_000,
+            backbone=BackboneConfig(hidden_size=384, num_layers=6, num_heads=6, intermediate_size=448, seq_len=256),
+            pretrain=PretrainConfig(steps=5000, sequences=64, learning_rate=1e-3),
+            ppo=PPOConfig(num_sequences=16, batch_size=16_384),
+        ),
+    ),
+}

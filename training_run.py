@@ -1,0 +1,312 @@
+"""One training run in its folder: gates, PPO, calibration, and adaptation of the backbone."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.logger import Figure, configure
+from stable_baselines3.common.utils import LinearSchedule
+
+from envs import CorpusSource, RoutingMDP, RoutingVecEnv
+from evaluate_rl import LearnedPoint, evaluate, evaluation_context, write_report
+from evaluation import Evaluator, Scored, loss_at, tradeoff_figure, usage_figure
+from moe_backbone import MoETransformer
+from moe_backbone.corpus import Corpus
+from moe_backbone.files import write_atomic
+from moe_backbone.pretrain import PretrainConfig, fine_tune, load_or_train
+from policies.calibration import Calibration, calibrate
+from policies.callbacks import GateSteps, PeriodicEvaluation, PeriodicSave, ProgressBar, RoutingMetrics
+from policies.cost_limit import SPREAD, CostLimit
+from policies.gating import GateTrainer, GatingConfig
+from policies.linear_router import LinearRouter, RouterSpec
+from policies.portable import save_router
+from policies.routing_ppo import RoutingPPO
+from policies.sampled import SampledRouter
+from training_config import TrainConfig
+
+logger = logging.getLogger("train_rl")
+
+ADAPTED = "backbone.safetensors"
+NATIVE_SHARE = 0.3
+"""Share of the sequences on which an adapted backbone is trained under native routing."""
+CALIBRATION_TOKENS, CALIBRATION_PRICES = 8192, 20
+
+
+def load_backbone(config: TrainConfig, corpus: Corpus, device: str) -> MoETransformer:
+    """The trained backbone of a run."""
+    pretrain = config.pretrain
+    if config.random_routing is not None:
+        pretrain = replace(pretrain, random_routing=config.random_routing)
+    return load_or_train(corpus, config.backbone, pretrain, device=device)
+
+
+def build_model(config: TrainConfig, backbone: MoETransformer, corpus: Corpus) -> RoutingPPO:
+    """Environment and PPO of a run."""
+    ppo = config.ppo
+    lanes = ppo.num_sequences * config.env.rollouts_per_sequence * backbone.config.seq_len
+    source = CorpusSource(corpus.train, backbone.config.seq_len, order=config.order)
+    env = RoutingVecEnv(lanes, backbone, source, config.env, seed=config.seed)
+    spec = RouterSpec(
+        hidden_size=backbone.hidden_size,
+        sites=tuple(backbone.sites),
+        price_low=config.env.price_low,
+        price_high=config.env.price_high,
+        compensation=config.compensation,
+    )
+    return RoutingPPO(
+        "RouterPolicy",
+        env,
+        advantage=ppo.advantage,  # type: ignore[arg-type]
+        learning_rate=LinearSchedule(ppo.learning_rate, 0.03 * ppo.learning_rate, 1.0),
+        n_epochs=ppo.n_epochs,
+        batch_size=ppo.batch_size,
+        clip_range=ppo.clip_range,
+        ent_coef=ppo.ent_coef,
+        max_grad_norm=ppo.max_grad_norm,
+        target_kl=ppo.target_kl,
+        policy_kwargs={"router_spec": spec.to_json(), "critic": ppo.advantage == "gae"},
+        seed=config.seed,
+        device=next(backbone.parameters()).device,
+    )
+
+
+def build_gates(
+    config: TrainConfig, gating: GatingConfig, router: LinearRouter, parts: tuple[Corpus, MoETransformer], **kept: Any
+) -> GateTrainer:
+    """Training of a router by back-propagation on the run's text and prices; `kept` goes to `GateTrainer`."""
+    corpus, backbone = parts
+    rules = replace(config.env, rollouts_per_sequence=1, action="subset")
+    source = CorpusSource(corpus.train, backbone.config.seq_len)
+    mdp = RoutingMDP(backbone, source, rules, num_sequences=gating.num_sequences)
+    generator = np.random.default_rng(config.seed)
+
+    def restore(state: Any) -> None:
+        generator.bit_generator.state = state
+
+    quality: str = config.env.quality
+    if quality == "accuracy":
+        logger.info("gates: accuracy has no gradient, so they learn from log-likelihood")
+        quality = "log_likelihood"
+    generators = (lambda: generator.bit_generator.state, restore)
+    return GateTrainer(
+        router,
+        backbone,
+        lambda: mdp.draw(generator),
+        gating,
+        quality=quality,
+        seed=config.seed,
+        generators=generators,
+        **kept,
+    )
+
+
+class Run:
+    """One training run in its folder.
+
+    Args:
+        config: Settings.
+        folder: Where it lies.
+        corpus: Text.
+        backbone: Frozen.
+        first: The run before the backbone was adapted, whose router is trained on; None for that run itself.
+    """
+
+    def __init__(
+        self, config: TrainConfig, folder: Path, corpus: Corpus, backbone: MoETransformer, first: Run | None = None
+    ) -> None:
+        self.config, self.folder, self.corpus, self.backbone = config, folder, corpus, backbone
+        self.model = build_model(config, backbone, corpus)
+        self.total_timesteps, self.gating, self._stage = config.total_timesteps, config.warm_start, "last"
+        if first is not None:
+            self.router.load_state_dict(first.router.state_dict())
+            self.total_timesteps, self._stage = config.total_timesteps // 2, "adapted"
+            self.gating = replace(self.gating, steps=self.gating.steps // 2)
+        self.checkpoint = folder / "checkpoints" / f"{self._stage}.zip"
+        if self.checkpoint.exists():
+            self._restore()
+        self.gates = self._build_gates()
+        self.model.set_logger(configure(str(folder), ["tensorboard"]))
+        device = next(backbone.parameters()).device
+        self.validation = Evaluator(backbone, corpus.validation, max_tokens=8192, device=device)
+        self.context = evaluation_context(backbone, corpus, config.evaluation, folder=folder, seeds=[config.seed])
+
+    @property
+    def router(self) -> LinearRouter:
+        """What is learned."""
+        return self.model.policy.router  # type: ignore[return-value]
+
+    def _restore(self) -> None:
+        env = self.model.env
+        self.model = RoutingPPO.load(self.checkpoint, env=env, device=self.model.device)
+        made_for = getattr(self.model, "backbone_sha256", "none")
+        if made_for != self.backbone.sha256():
+            raise ValueError(
+                f"checkpoint must be made for this backbone (sha256 {self.backbone.sha256()[:12]}), "
+                f"got one for {made_for[:12]} in {self.checkpoint}"
+            )
+        self.model.restore_generators()
+        logger.info("going on at timestep %d of %d", self.model.num_timesteps, self.total_timesteps)
+
+    def save(self) -> None:
+        """Write the checkpoint, the old one staying until the new one is whole."""
+        self.model.keep_generators()
+        self.model.gate_state = self.gates.state()  # type: ignore[attr-defined]
+        self.model.backbone_sha256 = self.backbone.sha256()  # type: ignore[attr-defined]
+        write_atomic(self.checkpoint, lambda path: self.model.save(path))
+
+    def train(self) -> None:
+        """Learn until `total_timesteps`; the first Ctrl-C finishes the update under way and saves."""
+        remaining = self.total_timesteps - self.model.num_timesteps
+        if remaining > 0:
+            saver = PeriodicSave(self.save, self.config.checkpoint_every)
+            bar = ProgressBar(self.total_timesteps)
+            with _asked_to_stop(saver), closing(bar):
+                fresh = self.model.num_timesteps == 0
+                if fresh and not self.gates.run(stop=lambda: saver.stop_requested):
+                    raise KeyboardInterrupt
+                self.model.learn(remaining, callback=self._callbacks(saver, bar), reset_num_timesteps=fresh)
+            self.save()
+
+    def export(self) -> None:
+        """Measure what the router spends at each price, and write it in both formats."""
+        self.router.calibration = self._calibrate()
+        write_atomic(self.folder / "router.zip", lambda path: self.model.save(path))
+        save_router(self.router, self.folder, self.backbone)
+
+    def _build_gates(self) -> GateTrainer:
+        """Training by back-propagation, where it was when the model was saved."""
+
+        def report(step: int, figures: dict[str, float]) -> None:
+            for name, value in figures.items():
+                self.model.logger.record(f"warm_start/{name}", value)
+            self.model.logger.dump(step)
+
+        updates = math.ceil(self.total_timesteps / (self.model.n_envs * self.model.n_steps))
+        later = self.gating.per_update * (updates - 1)
+        kept = self.folder / "checkpoints" / f"{self._stage}-gates.pt"
+        parts = (self.corpus, self.backbone)
+        where: dict[str, Any] = {"checkpoint": kept, "later_steps": later, "report": report}
+        trainer = build_gates(self.config, self.gating, self.router, parts, **where)
+        if hasattr(self.model, "gate_state"):
+            trainer.restore(self.model.gate_state)
+        return trainer
+
+    def _calibrate(self) -> Calibration:
+        """What the router spends at each price, on validation documents."""
+        tokens = self.corpus.validation.windows(self.backbone.config.seq_len, CALIBRATION_TOKENS)[0]
+        low, high = self.config.env.price_low, self.config.env.price_high
+        prices = np.geomspace(low, high, CALIBRATION_PRICES)
+        if hasattr(self.model, "lagrangian_multiplier"):  # finer where the budget lies
+            near = self.model.lagrangian_multiplier * np.geomspace(1 / SPREAD, SPREAD, CALIBRATION_PRICES // 2)
+            prices = np.unique(np.concatenate((prices, near)))
+        return calibrate(self.router, self.backbone, tokens.to(self.model.device), map(float, prices))
+
+    def _cost_limit(self) -> CostLimit:
+        """Holds the run's budget, beginning at the price that the router meets it at now."""
+        assert self.config.cost_limit is not None
+        now, limit = self._calibrate(), self.config.cost_limit
+        return CostLimit(
+            limit,
+            lagrangian_multiplier_init=now.price(max(limit, min(now.computes))),
+            overhead=self.router.at_price(1.0).overhead_flops / self.model.env.mdp.meter.native_flops,  # type: ignore[union-attr]
+        )
+
+    def _callbacks(self, saver: PeriodicSave, bar: ProgressBar) -> CallbackList:
+        config = self.config
+        shown: dict[str, Any] = {"seed": config.seed, "quality": config.env.quality, "advantage": config.ppo.advantage}
+        shown |= {"learning_rate": config.ppo.learning_rate, "total_timesteps": config.total_timesteps}
+        callbacks: list[BaseCallback] = [RoutingMetrics(shown), saver]
+        if self.gating.per_update:
+            callbacks.append(GateSteps(self.gates, self.gating.per_update))
+        if config.cost_limit is not None:
+            callbacks.append(self._cost_limit())
+        if config.eval_times:
+            callbacks.append(PeriodicEvaluation(self.look, config.eval_times))
+        return CallbackList([*callbacks, bar])
+
+    def look(self) -> tuple[dict[str, float], dict[str, Any]]:
+        """Score the router on validation documents at a few prices: scalars and figures for TensorBoard."""
+        prices = np.geomspace(self.config.env.price_low, self.config.env.price_high, 6)
+        specs = [LearnedPoint(learned=self.router, price=float(price), seed=self.config.seed) for price in prices]
+        points = [
+            self.validation.score(spec.name, spec.router, setting=spec.setting, price=spec.price) for spec in specs
+        ]
+        curve = [Scored.on_one_text(point) for point in points]
+        scalars = {"eval/native_loss": self.validation.native.loss}
+        for percent in (50, 60, 70):
+            loss = loss_at(curve, percent / 100)
+            if loss is not None:
+                scalars[f"eval/loss_at_{percent}_compute"] = loss
+        middle = min(points, key=lambda point: abs(point.compute - 0.6))
+        names = [site.name for site in self.backbone.sites]
+        figures = {
+            "figures/tradeoff": tradeoff_figure({"learned": [curve]}, self.validation.native),
+            "figures/unit_use": usage_figure(middle.usage, names),
+        }
+        return scalars, figures
+
+    def evaluate(self) -> None:
+        """Score the learned router and all fixed ones on the test documents."""
+        evaluation = evaluate(self.context, {self.config.seed: self.router})
+        figure = write_report(evaluation, self.backbone, self.corpus, self.folder)
+        self.model.logger.record(
+            "figures/all_routers", Figure(figure, close=False), exclude=("stdout", "log", "json", "csv")
+        )
+        self.model.logger.dump(self.model.num_timesteps)
+
+
+def adapt(config: TrainConfig, folder: Path, first: Run) -> Run:
+    """Train the backbone on under the learned router, and stand before training the router again.
+
+    A part of the sequences stays native. The adapted backbone is kept in the run's folder.
+    """
+    logger.info("backbone: training on under the learned router, then kept at %s", folder / ADAPTED)
+    rules = config.env
+    first.router.requires_grad_(False)
+
+    def sampled(generator: torch.Generator) -> SampledRouter:
+        prices = (rules.price_low, rules.price_high)
+        return SampledRouter(first.router, native_share=NATIVE_SHARE, prices=prices, generator=generator)
+
+    settings = adaptation_settings(config)
+    device = str(next(first.backbone.parameters()).device)
+    backbone = fine_tune(folder / ADAPTED, first.corpus, first.backbone, settings, sampled, device)
+    return Run(config, folder, first.corpus, backbone, first)
+
+
+def adaptation_settings(config: TrainConfig) -> PretrainConfig:
+    """How the backbone is trained on: twice the sequences of a step, a third of the learning rate."""
+    return replace(
+        config.pretrain,
+        steps=config.adapt_backbone,
+        sequences=2 * config.pretrain.sequences,
+        learning_rate=config.pretrain.learning_rate / 3,
+    )
+
+
+@contextmanager
+def _asked_to_stop(saver: PeriodicSave) -> Iterator[None]:
+    """While open, the first SIGINT or SIGTERM asks `saver` to stop; the next one acts as it always does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: object) -> None:
+        saver.stop_requested = True
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
