@@ -205,13 +205,13 @@ def rivals_table(comparisons: Sequence[Comparison], quantity: Quantity) -> Table
     for rival in dict.fromkeys(row.rival for row in rows):
         found = {row.compute: row for row in rows if row.rival == rival}
         cells = [
-            (">" if found[compute].best else "") + _short(found[compute].gain.difference, scale, digits)
+            ("†" if found[compute].best else "") + _short(found[compute].gain.difference, scale, digits)
             if compute in found
             else "-"
             for compute in computes
         ]
         table.add_row(rival, *cells)
-    table.caption = ">: the best other router at this compute, by selection text.\n-: one of the two costs more."
+    table.caption = "†: the best other router at this compute, by selection text.\n-: one of the two costs more."
     return table
 
 

@@ -179,10 +179,10 @@ def test_comparison_tables_by_hand(curves):
     assert "0.60 top-k nats -1.1000 -1.2500 +.1500 [+.1500, +.1500] 1.00 [1.00, 1.00]" in cells
     assert "0.60 top-k % 78.00 75.00 +3.00 [+3.00, +3.00] 1.00 [1.00, 1.00]" in cells
     _, rows = printed(rivals_table(comparisons, "log_likelihood"))
-    assert rows["top-k"] == ">+150 [150, 150] -"
+    assert rows["top-k"] == "†+150 [150, 150] -"
     assert rows["sequence-top-k"] == "+50 [50, 50] -"
     _, rows = printed(rivals_table(comparisons, "accuracy"))
-    assert rows["top-k"] == ">+3.0 [3.0, 3.0] -"
+    assert rows["top-k"] == "†+3.0 [3.0, 3.0] -"
 
 
 def test_column_of_huge_gains_keeps_its_width(make_scored):
