@@ -32,6 +32,10 @@ POINT_KEYS = {
     "units_per_token",
     "distinct_units",
     "load_cv",
+    "max_vio",
+    "dead_units",
+    "diversity",
+    "busiest_load",
     "seconds",
 }
 SUMMARY_KEYS = {"hypervolume", "aiq", "compute_at_99_accuracy", "accuracy_at_50_compute"}
