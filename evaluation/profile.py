@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evaluation.compare import at_compute, frontier
 from evaluation.evaluator import PointSpec
 from evaluation.intervals import FloatArray
 from evaluation.points import Point
@@ -24,6 +23,8 @@ RIVAL_COMPUTE = 0.5
 """Fraction of native compute at which the best other router is chosen and profiled."""
 BATCH_SEQUENCES = 32
 PASSAGE_TOKENS = 768
+
+Setting = TypeVar("Setting")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,6 +50,14 @@ class TokenRouting:
     def compute(self) -> FloatArray:
         """Fraction of native compute that each token cost (num_tokens,), the router's own counted."""
         return self.site_compute.sum(axis=0) + self.overhead
+
+    @property
+    def usage(self) -> FloatArray:
+        """Share of tokens that used each unit (num_sites, max_units), float64; NaN where a site has no such unit."""
+        usage = np.full((len(self.subsets), max(subset.shape[1] for subset in self.subsets)), np.nan)
+        for row, subset in zip(usage, self.subsets, strict=True):
+            row[: subset.shape[1]] = subset.mean(axis=0)
+        return usage
 
     @property
     def label(self) -> str:
@@ -175,41 +184,55 @@ def profile_split(
     return profiles[0], profiles[1]
 
 
-def showcase(curves: Mapping[str, Sequence[Point]], *, learned: str = "learned") -> list[Point]:
-    """The points worth a closer look: the learned router near three computes, and the best other one near 0.5.
+def showcase(
+    specs: Sequence[PointSpec], points: Sequence[Point], *, learned: str = "learned", bounds: Collection[str] = ()
+) -> list[PointSpec]:
+    """What is worth a closer look: the learned router near three computes, and the best other one near 0.5.
 
     Args:
-        curves: Points of each router by name; `native` and oracles are no rivals.
-        learned: Name of the learned router; without it the best other router is shown near all three.
+        specs: Routers at their settings; one with `score_on` is no router of the backbone, and is left out.
+        points: What each of them scored, in the same order; of several seeds the first is shown.
+        learned: Name of the learned router; without it the best other router is shown near all three computes.
+        bounds: Routers that are no rivals, such as oracles and those that are not causal.
 
     Returns:
-        Points on the routers' frontiers, each once.
+        Specs on the routers' frontiers, each once, the learned router's first.
     """
-    rivals = [name for name in curves if name not in (learned, "native") and not name.startswith("oracle")]
-    best = max(rivals, key=lambda name: _quality(curves[name]), default=None)
+    curves: dict[str, list[tuple[PointSpec, Point]]] = {}
+    for spec, point in zip(specs, points, strict=True):
+        curve = curves.get(point.router, [(spec, point)])
+        if not hasattr(spec, "score_on") and curve[0][1].seed == point.seed:
+            curves.setdefault(point.router, []).append((spec, point))
+    rivals = [name for name in curves if name != learned and name not in bounds]
+    best = max(rivals, key=lambda name: _quality([point for _, point in curves[name]]), default=None)
     wanted = [(learned, compute) for compute in COMPUTES if learned in curves]
     if best is not None:
         wanted += [(best, compute) for compute in ((RIVAL_COMPUTE,) if wanted else COMPUTES)]
-    return list(dict.fromkeys(nearest(curves[name], compute) for name, compute in wanted))
+    chosen = [nearest(curves[name], compute, lambda pair: _scores(pair[1]))[0] for name, compute in wanted]
+    return list({id(spec): spec for spec in chosen}.values())
 
 
-def nearest(points: Sequence[Point], compute: float) -> Point:
-    """The frontier point of one router whose compute is nearest to `compute`."""
-    return min(frontier(points), key=lambda point: abs(point.compute - compute))
+def nearest(settings: Sequence[Setting], compute: float, scores: Callable[[Setting], tuple[float, float]]) -> Setting:
+    """The setting whose compute is nearest, of those that no other beats in log-likelihood at less or equal compute.
+
+    Args:
+        settings: Of one router.
+        compute: Fraction of native compute.
+        scores: Gives the compute and the log-likelihood of a setting.
+    """
+    best = -np.inf
+    kept = []
+    for setting in sorted(settings, key=lambda setting: (scores(setting)[0], -scores(setting)[1])):
+        if scores(setting)[1] > best:
+            best = scores(setting)[1]
+            kept.append(setting)
+    return min(kept, key=lambda setting: abs(scores(setting)[0] - compute))
+
+
+def _scores(point: Point) -> tuple[float, float]:
+    return point.compute, point.log_likelihood
 
 
 def _quality(points: Sequence[Point]) -> float:
-    """Log-likelihood at `RIVAL_COMPUTE` in nats a token; minus infinity for a router that costs more."""
-    scores = at_compute(points, RIVAL_COMPUTE)
-    return -np.inf if scores is None else scores.mean_log_likelihood
-
-
-def specs_of(points: Iterable[Point], specs: Iterable[PointSpec]) -> list[PointSpec]:
-    """The specs that the points were scored from, in the order of the points."""
-    known = list(specs)
-    return [next(spec for spec in known if _made(spec, point)) for point in points]
-
-
-def _made(spec: PointSpec, point: Point) -> bool:
-    same = (spec.name, spec.setting) == (point.router, point.setting)
-    return same and getattr(spec, "seed", None) == point.seed
+    """Best log-likelihood within `RIVAL_COMPUTE` in nats a token; minus infinity for a router that costs more."""
+    return max((point.log_likelihood for point in points if point.compute <= RIVAL_COMPUTE), default=-np.inf)

@@ -6,16 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-HEADINGS = {
-    "compute": "compute",
-    "rival": "best other router",
-    "learned_loss": "learned loss (nats)",
-    "rival_loss": "other's loss (nats)",
-    "difference": "gain in log-likelihood (nats a token)",
-    "accuracy_difference": "gain in accuracy (fraction)",
-    "load_cv": "load CV",
-    "max_vio": "MaxVio",
-}
+import rich.table
+from rich.text import Text
+
+HEADINGS = {"load_cv": "load CV", "max_vio": "MaxVio"}
 """Headings of keys that do not read well as they are."""
 
 
@@ -45,12 +39,30 @@ class Table:
     """Heading of the row that stands out."""
 
 
-def record_table(title: str, records: Iterable[Mapping[str, Any]], source: str, note: str = "") -> Table:
+def record_table(title: str, records: Iterable[Mapping[str, Any]], source: str) -> Table:
     """One row for each record, one column for each key that any of them has."""
     records = list(records)
     keys = list(dict.fromkeys(key for record in records for key in record))
     rows = [[Cell(text=value_text(record.get(key))) for key in keys] for record in records]
-    return Table(title=title, columns=[heading(key) for key in keys], rows=rows, source=source, note=note)
+    return Table(title=title, columns=[heading(key) for key in keys], rows=rows, source=source)
+
+
+def terminal_table(table: rich.table.Table, source: str, strong: str) -> Table:
+    """A table made for a terminal."""
+    cells = [[Cell(text=_plain(cell)) for cell in column.cells] for column in table.columns]
+    return Table(
+        title=_plain(table.title),
+        columns=[_plain(column.header) for column in table.columns],
+        rows=list(zip(*cells, strict=True)),
+        source=source,
+        note=_plain(table.caption),
+        strong=strong,
+    )
+
+
+def _plain(text: Any) -> str:
+    """What a terminal shows of a cell, without its colours."""
+    return Text.from_markup(text).plain if isinstance(text, str) else str(text or "")
 
 
 def heading(key: str) -> str:

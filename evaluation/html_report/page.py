@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import rich.table
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from evaluation.html_report.cells import Table, heading, record_table, value_text
+from evaluation.html_report.cells import Table, record_table, terminal_table, value_text
 from evaluation.html_report.passage import passage_marks, shading
-from evaluation.html_report.tables import balance_table, group_tables, router_table, site_table
-from evaluation.plots import tradeoff_figure, usage_figure
-from evaluation.points import Point
-from evaluation.profile import RIVAL_COMPUTE, Profile, TokenRouting, showcase
-from evaluation.report import KEYS
+from evaluation.html_report.tables import balance_table, group_tables, profile_source, site_table
+from evaluation.plots import usage_figure
+from evaluation.profile import RIVAL_COMPUTE, Profile, TokenRouting
 from moe_backbone.files import write_text_atomic
 
 LONG_KEYS = {"units_per_token"}
-"""Keys of a point that would widen the table of all points beyond use; the page has them by site."""
-
-Curves = Mapping[str, Sequence[Point]]
+"""Keys of a point that would widen the table of all settings beyond use; the page has them by site."""
 
 
 def write_html_report(
     path: Path,
     *,
     evaluation: Mapping[str, Any],
-    curves: Curves,
-    native: Point,
+    parts: Iterable[rich.table.Table | str],
+    tradeoff: Figure,
     profile: Profile,
     passage: Profile,
     provenance: Mapping[str, str],
@@ -42,9 +39,9 @@ def write_html_report(
 
     Args:
         path: Where it goes.
-        evaluation: Content of `evaluation.json`; what it has beyond schema 1, such as `comparisons`, is shown too.
-        curves: Points of each router by name, without native.
-        native: The point of native routing.
+        evaluation: Content of `evaluation.json`.
+        parts: What the terminal shows of it: tables, and text of one or more lines.
+        tradeoff: From `tradeoff_figure`.
         profile: Routers on windows spread over the held-out text.
         passage: The same routers on windows side by side.
         provenance: What was run and with what, by name; see `run_provenance`.
@@ -60,28 +57,21 @@ def write_html_report(
     shades = shading(passage.routings or (passage.native,))
     page = environment.get_template("page.html").render(
         evaluation=evaluation,
-        num_routers=len(curves),
-        facts=_facts(evaluation, native, learned),
-        routers=router_table(curves, native, evaluation["summary"], learned),
-        tradeoff=figure_uri(tradeoff_figure(curves, native, learned=learned)),
-        comparisons=_comparisons(evaluation),
-        further=_further(evaluation),
+        facts=_facts(evaluation, learned),
+        tradeoff=figure_uri(tradeoff),
+        parts=[_part(part, learned) for part in parts],
         who=[site_table(profile), *group_tables(profile)],
         shade_labels=shades.labels,
         open_passage=min(passage.routings, key=_distance, default=None),
         passages=[(routing, passage_marks(passage, routing, shades)) for routing in passage.routings],
-        usages=_usages(curves, native, evaluation["backbone"]["sites"], learned),
-        balance=balance_table(curves, native, evaluation["summary"], learned),
+        usages=[(routing.label, _usage_uri(profile, routing)) for routing in (profile.native, *profile.routings)],
+        profile_source=profile_source(profile),
+        balance=balance_table(evaluation["points"], evaluation["summary"], learned),
         points=_all_points(evaluation),
         provenance=provenance,
-        setting_text=value_text,
+        value_text=value_text,
     )
     write_text_atomic(path, page)
-
-
-def _distance(routing: TokenRouting) -> float:
-    """How far from the compute at which routers are held against each other."""
-    return abs(float(routing.compute.mean()) - RIVAL_COMPUTE)
 
 
 def figure_uri(figure: Figure) -> str:
@@ -92,46 +82,36 @@ def figure_uri(figure: Figure) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(image.getvalue()).decode()}"
 
 
-def _facts(evaluation: Mapping[str, Any], native: Point, learned: str) -> list[tuple[str, str]]:
+def _usage_uri(profile: Profile, routing: TokenRouting) -> str:
+    return figure_uri(usage_figure(routing.usage, [site.name for site in profile.sites]))
+
+
+def _distance(routing: TokenRouting) -> float:
+    """How far from the compute at which routers are held against each other."""
+    return abs(float(routing.compute.mean()) - RIVAL_COMPUTE)
+
+
+def _facts(evaluation: Mapping[str, Any], learned: str) -> list[tuple[str, str]]:
     """The figures that stand first, each with what it says."""
+    native = evaluation["native"]
     facts = [
-        (f"{native.loss:.4f}", "nats a token: native loss"),
-        (f"{100 * native.accuracy:.2f} %", "of tokens predicted right: native accuracy"),
+        (f"{-native['log_likelihood']:.4f}", "nats a token: native loss"),
+        (f"{100 * native['accuracy']:.2f} %", "of tokens predicted right: native accuracy"),
     ]
     reached = evaluation["summary"].get(learned, {}).get("compute_at_99_accuracy")
     if reached is not None:
-        facts.append((value_text(reached), f"of native compute keeps 99 % of native accuracy: {learned}"))
+        facts.append((f"{reached:.3f}", f"of native compute keeps 99 % of native accuracy: {learned}"))
     for row in evaluation.get("comparisons", []):
-        if row.get("compute") == RIVAL_COMPUTE and "difference" in row:
-            gain = f"nats a token gained over {row.get('rival')}, the best other router, at compute {RIVAL_COMPUTE}"
-            facts.append((f"{row['difference']['mean']:+.4f}", gain))
+        if (row["compute"], row["quantity"], row["best_other"]) == (RIVAL_COMPUTE, "log_likelihood", True):
+            words = f"nats a token gained over {row['rival']}, the best other router, at compute {RIVAL_COMPUTE}"
+            facts.append((f"{row['difference']['mean']:+.4f}", words))
     return facts
 
 
-def _comparisons(evaluation: Mapping[str, Any]) -> Table | None:
-    records = evaluation.get("comparisons", [])
-    note = "Gain: learned minus best other router at the same compute, mean [95 % interval]; above zero is better."
-    source = "points of evaluation.json, paired by document"
-    return record_table("Learned against the best other router", records, source, note) if records else None
-
-
-def _further(evaluation: Mapping[str, Any]) -> list[Table]:
-    """What `evaluation.json` holds beyond schema 1, one table for each key."""
-    tables = []
-    for key in sorted(set(evaluation) - KEYS - {"comparisons"}):
-        value = evaluation[key]
-        records = value if isinstance(value, list) else [value]
-        records = [record if isinstance(record, Mapping) else {key: record} for record in records]
-        tables.append(record_table(heading(key).capitalize(), records, f"evaluation.json, key {key}"))
-    return tables
-
-
-def _usages(curves: Curves, native: Point, sites: Sequence[str], learned: str) -> list[tuple[str, str]]:
-    """Heat maps of native routing and of each showcase: what it is, and the image."""
-    points = [native, *showcase(curves, learned=learned)]
-    return [
-        (f"{point.router} at {point.compute:.2f}", figure_uri(usage_figure(point.usage, sites))) for point in points
-    ]
+def _part(part: rich.table.Table | str, learned: str) -> Table | str:
+    if isinstance(part, str):
+        return part
+    return terminal_table(part, "evaluation.json, keys points, summary and comparisons; as in tables.txt", learned)
 
 
 def _all_points(evaluation: Mapping[str, Any]) -> Table:

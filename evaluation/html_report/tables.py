@@ -1,89 +1,47 @@
-"""The tables of the page: routers, their balance, and who gets the compute."""
+"""The tables that only the page has: the balance of every router, and who gets the compute."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from evaluation.compare import at_compute
-from evaluation.html_report.cells import Cell, Table, value_text
-from evaluation.intervals import DocumentSums
-from evaluation.points import Point
+from evaluation.html_report.cells import Cell, Table, heading, value_text
 from evaluation.profile import RIVAL_COMPUTE, Profile, TokenRouting, nearest
-from evaluation.report import COMPUTES
 from evaluation.token_groups import Grouping, byte_classes, quintiles, word_positions
 
-SUMMARY_KEYS = {"compute_at_99_accuracy": "99 % accuracy at", "hypervolume": "hypervolume", "aiq": "AIQ"}
+BALANCE_KEYS = ("compute", "load_cv", "max_vio", "dead_units", "diversity", "busiest_load", "setting")
 
 
-def router_table(
-    curves: Mapping[str, Sequence[Point]], native: Point, summary: Mapping[str, Mapping[str, Any]], learned: str
-) -> Table:
-    """Loss and accuracy kept at equal compute, and the summary of each curve; best hypervolume first."""
-    columns = ["router", *(f"loss at {compute:.2f}" for compute in COMPUTES), *SUMMARY_KEYS.values()]
+def balance_table(points: Sequence[Mapping[str, Any]], order: Iterable[str], learned: str) -> Table:
+    """How evenly each router loads the experts, at its setting nearest to compute 0.5.
+
+    Args:
+        points: Of `evaluation.json`.
+        order: Names of the routers, as they stand in the table; native is put first.
+        learned: Name of the row that stands out.
+    """
     rows = []
-    for name in by_rank(curves, summary):
-        losses = [_loss_cell(at_compute(curves[name], compute), native) for compute in COMPUTES]
-        totals = [Cell(text=_summary_text(summary.get(name, {}).get(key))) for key in SUMMARY_KEYS]
-        rows.append([Cell(text=name), *losses, *totals])
-    return Table(
-        title="Every router at equal compute",
-        columns=columns,
-        rows=rows,
-        strong=learned,
-        note="Loss in nats a token, in small print the share of native accuracy that is kept; between two settings "
-        "interpolated. Best hypervolume first. -: out of this router's reach.",
-        source="evaluation.json, keys points (compute, log_likelihood, accuracy) and summary",
-    )
-
-
-def by_rank(curves: Mapping[str, Sequence[Point]], summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Names of the routers, best hypervolume first."""
-    return sorted(curves, key=lambda name: -_number(summary.get(name, {}).get("hypervolume")))
-
-
-def _number(value: Any) -> float:
-    """A number, or the mean of an interval; None is below all."""
-    if isinstance(value, Mapping):
-        value = value.get("mean")
-    return -np.inf if value is None else float(value)
-
-
-def _summary_text(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else value_text(value)
-
-
-def _loss_cell(scores: DocumentSums | None, native: Point) -> Cell:
-    if scores is None:
-        return Cell(text="-")
-    kept = scores.accuracy / native.accuracy if native.accuracy else 1.0
-    return Cell(text=f"{-scores.mean_log_likelihood:.4f}", note=f"{100 * kept:.1f} %")
-
-
-def balance_table(
-    curves: Mapping[str, Sequence[Point]], native: Point, summary: Mapping[str, Mapping[str, Any]], learned: str
-) -> Table:
-    """How evenly each router loads the experts, at its setting nearest to compute 0.5."""
-    points = [native, *(nearest(curves[name], RIVAL_COMPUTE) for name in by_rank(curves, summary))]
-    columns = ["router", "compute", "load CV", "MaxVio", "dead experts", "diversity", "busiest expert", "setting"]
+    for name in ("native", *order):
+        settings = [point for point in points if point["router"] == name]
+        if settings:
+            point = nearest(settings, RIVAL_COMPUTE, lambda point: (point["compute"], point["log_likelihood"]))
+            rows.append([Cell(text=name), *(Cell(text=_balance_text(point[key])) for key in BALANCE_KEYS)])
     return Table(
         title=f"Balance of every router, at its setting nearest to compute {RIVAL_COMPUTE}",
-        columns=columns,
-        rows=[_balance_row(point) for point in points],
+        columns=["router", *(heading(key) for key in BALANCE_KEYS)],
+        rows=rows,
         strong=learned,
-        note="Means over expert sites. MaxVio: largest load over mean load, minus 1. Diversity: exp(entropy of the "
-        "loads) over the number of experts. Busiest expert: share of the tokens that use it.",
-        source="evaluation.json, key points (load_cv, max_vio, dead_units, diversity, busiest_load)",
+        note="Means over expert sites. MaxVio: largest load over mean load, minus 1. Dead units: share of experts that "
+        "no token uses. Diversity: exp(entropy of the loads) over the number of experts. Busiest load: share of the "
+        "tokens that use the busiest expert.",
+        source="evaluation.json, key points",
     )
 
 
-def _balance_row(point: Point) -> list[Cell]:
-    balance = point.balance
-    numbers = [f"{point.compute:.3f}", f"{balance.load_cv:.3f}", f"{balance.max_vio:.3f}"]
-    numbers += [f"{100 * balance.dead_units:.1f} %", f"{balance.diversity:.3f}", f"{100 * balance.busiest_load:.1f} %"]
-    return [Cell(text=text) for text in (point.router, *numbers, value_text(point.setting))]
+def _balance_text(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else value_text(value)
 
 
 def site_table(profile: Profile) -> Table:
@@ -108,7 +66,7 @@ def site_table(profile: Profile) -> Table:
         strong="all",
         note="Fraction of native compute spent at each site; in small print its share of all that the router spends, "
         "and the units that a token uses on average.",
-        source=_profile_source(profile),
+        source=profile_source(profile),
     )
 
 
@@ -153,7 +111,7 @@ def group_table(profile: Profile, grouping: Grouping, caution: str = "") -> Tabl
         strong="all",
         note="Mean compute of a byte as a fraction of native, the router's own counted; in small print how much its "
         f"loss rises over native, in nats.{caution}",
-        source=_profile_source(profile),
+        source=profile_source(profile),
     )
 
 
@@ -166,6 +124,7 @@ def _all_cell(routing: TokenRouting, native: TokenRouting) -> Cell:
     return Cell(text=f"{routing.compute.mean():.3f}", note=f"{(routing.loss - native.loss).mean():+.3f}")
 
 
-def _profile_source(profile: Profile) -> str:
+def profile_source(profile: Profile) -> str:
+    """Where figures that are counted for the page come from."""
     num_sequences, seq_len = profile.tokens.shape
     return f"counted for this page on {num_sequences} windows of {seq_len} held-out bytes; in no other file"

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from evaluation.profile import nearest, profile_points, profile_routing, profile_split, showcase, specs_of
+from evaluation.profile import nearest, profile_points, profile_routing, profile_split, showcase
 from moe_backbone import ComputeMeter, best_units
 
 
@@ -74,30 +75,49 @@ def test_passage_is_one_stretch_and_prices_are_passed_on(tiny_backbone, tiny_cor
     assert text in bytes(tiny_corpus.test.tokens.tolist())
 
 
+def seen(make_point, *settings):
+    """Specs and their points from (router, compute, log-likelihood, seed)."""
+    specs, points = [], []
+    for name, compute, log_likelihood, seed in settings:
+        specs.append(SimpleNamespace(name=name, compute=compute, seed=seed))
+        points.append(replace(make_point(compute, log_likelihood, router=name), seed=seed))
+    return specs, points
+
+
+def shown(specs):
+    return [(spec.name, spec.compute, spec.seed) for spec in specs]
+
+
 def test_showcase_takes_the_learned_router_three_times_and_its_best_rival_once(make_point):
-    curves = {
-        "learned": [make_point(compute, -1 / compute, router="learned") for compute in (0.3, 0.42, 0.55, 0.68, 0.9)],
-        "good": [make_point(0.45, -1.1, router="good"), make_point(0.8, -1.0, router="good")],
-        "bad": [make_point(0.5, -3.0, router="bad")],
-        "oracle": [make_point(0.2, -0.9, router="oracle")],
-        "dear": [make_point(0.9, -0.95, router="dear")],
-    }
-    shown = [(point.router, point.compute) for point in showcase(curves)]
-    assert shown == [("learned", 0.68), ("learned", 0.55), ("learned", 0.42), ("good", 0.45)]
-    del curves["learned"]
-    assert [(point.router, point.compute) for point in showcase(curves)] == [("good", 0.8), ("good", 0.45)]
-    assert showcase({}) == []
+    ours = [("learned", compute, -1 / compute, seed) for seed in (3, 4) for compute in (0.3, 0.42, 0.55, 0.68, 0.9)]
+    rivals = [
+        ("good", 0.45, -1.1, None),
+        ("good", 0.8, -1.0, None),
+        ("bad", 0.5, -3.0, None),
+        ("oracle", 0.2, -0.9, None),
+        ("dear", 0.9, -0.95, None),
+    ]
+    specs, points = seen(make_point, *rivals, *ours)
+    expected = [("learned", 0.68, 3), ("learned", 0.55, 3), ("learned", 0.42, 3), ("good", 0.45, None)]
+    assert shown(showcase(specs, points, bounds={"oracle"})) == expected
+    without = showcase(specs[:5], points[:5], bounds={"oracle"})
+    assert shown(without) == [("good", 0.8, None), ("good", 0.45, None)]
+    assert showcase([], []) == []
 
 
-def test_nearest_is_never_a_setting_that_another_beats(make_point):
-    poor, good = make_point(0.5, -2.0), make_point(0.45, -1.0)
-    assert nearest([poor, good], 0.5) is good
+def test_what_cannot_run_on_the_backbone_is_not_shown(make_point):
+    specs, points = seen(make_point, ("smaller", 0.5, -0.5, None), ("plain", 0.5, -1.0, None))
+    specs[0].score_on = lambda evaluator: None
+    assert shown(showcase(specs, points)) == [("plain", 0.5, None)]
 
 
-def test_specs_are_found_by_name_setting_and_seed(make_point):
-    points = [make_point(0.5, router="learned"), make_point(0.5, router="plain")]
-    specs = [SimpleNamespace(name="plain", setting={}), SimpleNamespace(name="learned", setting={}, seed=None)]
-    assert specs_of(points, [SimpleNamespace(name="learned", setting={}, seed=3), *specs]) == specs[::-1]
+def test_nearest_is_never_a_setting_that_another_beats():
+    assert nearest([(0.5, -2.0), (0.45, -1.0), (0.5, -1.0)], 0.5, lambda setting: setting) == (0.45, -1.0)
+
+
+def test_usage_is_that_of_the_evaluator(evaluator, tiny_backbone, windows):
+    usage = profile_routing(tiny_backbone, *windows, CountRouter(1), name="one", setting={}).usage
+    np.testing.assert_array_equal(usage, evaluator.score("one", CountRouter(1), setting={}).usage)
 
 
 def test_a_backbone_without_head_sites_is_profiled_too(tiny_backbone, windows):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.table import Table
 from torch import Tensor
 
-from evaluation import Evaluator, build_evaluation, compare, evaluate_all, summarize
+from evaluation import Evaluator, Point, evaluate_all, usage_figure
 from evaluation.html_report import write_html_report
-from evaluation.profile import Profile, profile_points, showcase, specs_of
+from evaluation.profile import Profile, profile_points, showcase
 from moe_backbone import MoETransformer, SiteView, best_units
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -42,7 +42,8 @@ class Page(HTMLParser):
     Attributes:
         tables: Rows of cell texts by the table's title.
         marks: (glyph, classes, tip) of each coloured byte, one list for each passage.
-        links: Values of `src`, `href` and of `url(...)`.
+        links: Values of `src` and `href`.
+        facts: The figures that stand first.
     """
 
     def __init__(self, text: str) -> None:
@@ -52,6 +53,7 @@ class Page(HTMLParser):
         self.marks: list[list[tuple[str, str, str]]] = []
         self.links: list[str] = []
         self.tags: list[str] = []
+        self.facts: list[str] = []
         self._open: list[str] = []
         self._mark: dict[str, str | None] | None = None
         self.feed(text)
@@ -87,10 +89,33 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         """Text between tags."""
         self.text += data
+        if self._open and self._open[-1] == "dt" and "div" in self._open:
+            self.facts.append(data)
         if self._mark is not None:
             self.marks[-1].append((data, str(self._mark["class"]), str(self._mark["title"])))
         if {"td", "th"} & set(self._open):
             self.tables[self._region][-1][-1] += data
+
+
+def content(points: list[Point]) -> dict[str, Any]:
+    """What `evaluation.json` holds, as far as the page reads it."""
+    return {
+        "corpus": {"name": "a<i>b", "split": "test", "tokens": 160, "documents": 2},
+        "backbone": {"name": "tiny", "sha256": "0" * 64, "parameters": 123, "sites": ["a", "b", "c", "d"]},
+        "native": {"accuracy": points[0].accuracy, "log_likelihood": points[0].log_likelihood},
+        "points": [point.to_json() for point in points],
+        "summary": {point.router: {"compute_at_99_accuracy": 0.625} for point in points[1:]},
+    }
+
+
+def terminal_table() -> Table:
+    """A table as `report_parts` gives it."""
+    table = Table(title="Gains & losses", caption="more\nis better")
+    table.add_column("router")
+    table.add_column("gain\n(nats)", justify="right")
+    table.add_row("plain", "[red]+.020[/red] [.010, .030]")
+    table.add_row("learned", "-", style="bold")
+    return table
 
 
 @pytest.fixture
@@ -103,7 +128,7 @@ def nasty_tokens() -> Tensor:
 @pytest.fixture
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the figures empty: drawing them takes longer than all the rest."""
-    for name in ("tradeoff_figure", "usage_figure", "figure_uri"):
+    for name in ("usage_figure", "figure_uri"):
         monkeypatch.setattr(f"evaluation.html_report.page.{name}", lambda *_, **__: "data:image/svg+xml;base64,")
 
 
@@ -112,35 +137,26 @@ def write_page(evaluator: Evaluator, tiny_backbone: MoETransformer, nasty_tokens
     """Writes a report of two routers, or of one alone, and parses it; the passage is the nasty bytes."""
 
     def write(*, learned: bool = True, **changes: Any) -> tuple[Page, dict[str, Any]]:
-        names = {"plain": (1, 2)} | ({"learned": (1, 2)} if learned else {})
         specs = [
             SimpleNamespace(name=name, setting={"count": count, "<b>": "&"}, router=CountRouter(count))
-            for name, counts in names.items()
-            for count in counts
+            for name in ("plain", *(["learned"] if learned else []))
+            for count in (1, 2)
         ]
         points = evaluate_all(evaluator, specs)
-        curves = {name: [point for point in points if point.router == name] for name in names}
-        summary = summarize(curves, native_accuracy=evaluator.native.accuracy, random_accuracy=0.0)
-        content = build_evaluation(
-            evaluator, points, summary, corpus="a<i>b", backbone="tiny", sha256="0" * 64, parameters=123
-        )
-        if learned:
-            rivals = {"plain": curves["plain"]}
-            content["comparisons"] = [asdict(row) for row in compare(curves["learned"], rivals, (0.7, 0.5))]
-        shown = specs_of(showcase(curves), specs)
+        evaluation = content([evaluator.native, *points]) | changes.pop("evaluation", {})
+        shown = showcase(specs, points)
         tokens, targets = evaluator.split.windows(16, 160)[:2]
-        parts = {
-            "evaluation": content,
-            "curves": curves,
-            "native": evaluator.native,
+        arguments = {
+            "parts": [terminal_table(), "A/A: <equal>\nsecond line"],
+            "tradeoff": usage_figure(evaluator.native.usage, ["a", "b", "c", "d"]),
             "profile": profile_points(tiny_backbone, tokens, targets, shown),
             "passage": profile_points(tiny_backbone, nasty_tokens, nasty_tokens.roll(-1), shown),
             "provenance": {"command": "evaluate <all>", "run": "one"},
         } | changes
         path = tmp_path / "folder" / "report.html"
-        write_html_report(path, **parts)
+        write_html_report(path, evaluation=evaluation, **arguments)
         assert [file.name for file in path.parent.iterdir()] == ["report.html"]
-        return Page(path.read_text(encoding="utf-8")), parts
+        return Page(path.read_text(encoding="utf-8")), {"evaluation": evaluation, **arguments}
 
     return write
 

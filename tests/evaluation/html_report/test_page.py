@@ -107,54 +107,54 @@ def test_shares_of_classes_add_up_and_weigh_back_to_the_compute(page, profile):
 
 
 @undrawn
-def test_routers_stand_with_loss_and_accuracy_kept(page_and_parts, evaluator):
-    page, parts = page_and_parts
-    table = columns(page.tables["Every router at equal compute"])
-    at_70 = table["loss at 0.70"][table["router"].index("plain")]
-    dearest = max(parts["curves"]["plain"], key=lambda point: point.log_likelihood)
-    cheapest = min(parts["curves"]["plain"], key=lambda point: point.compute)
-    losses = sorted((dearest.loss, cheapest.loss))
-    assert losses[0] - 1e-4 <= numbers([at_70])[0] <= losses[1] + 1e-4
-    assert at_70.endswith(" %")
-    assert f"{evaluator.native.loss:.4f}" in page.text
+def test_tables_of_the_terminal_are_tables_of_the_page(page):
+    assert page.tables["Gains & losses"] == [
+        ["router", "gain\n(nats)"],
+        ["plain", "+.020 [.010, .030]"],
+        ["learned", "-"],
+    ]
+    assert page.source.count('<tr class="strong">\n<th scope="row">learned') == 2  # there, and in the balance
+    assert "A/A: <equal>\nsecond line" in page.text
 
 
 @undrawn
-def test_best_hypervolume_stands_first(write_page, page_and_parts):
-    evaluation = page_and_parts[1]["evaluation"]
-    for best in ("plain", "learned"):
-        summary = {name: entry | {"hypervolume": float(name == best)} for name, entry in evaluation["summary"].items()}
-        table = write_page(evaluation=evaluation | {"summary": summary})[0].tables["Every router at equal compute"]
-        assert table[1][0] == best
-
-
-@undrawn
-def test_balance_of_every_router_and_native(page_and_parts):
+def test_balance_of_every_router_and_native(page_and_parts, evaluator):
     page, parts = page_and_parts
     table = columns(page.tables["Balance of every router, at its setting nearest to compute 0.5"])
-    assert set(table["router"]) == {"native", "plain", "learned"}
-    shown = float(table["MaxVio"][table["router"].index("native")])
-    assert shown == pytest.approx(parts["native"].balance.max_vio, abs=5e-4)
+    assert table["router"] == ["native", "plain", "learned"]
+    assert float(table["MaxVio"][0]) == pytest.approx(evaluator.native.balance.max_vio, abs=5e-4)
+    plain = [point for point in parts["evaluation"]["points"] if point["router"] == "plain"]
+    assert float(table["compute"][1]) in [pytest.approx(point["compute"], abs=5e-4) for point in plain]
 
 
 @undrawn
-def test_comparisons_and_what_else_the_evaluation_holds(write_page, page_and_parts):
-    evaluation = page_and_parts[1]["evaluation"]
-    row = evaluation["comparisons"][0]
-    table = page_and_parts[0].tables["Learned against the best other router"]
-    gain = row["difference"]
-    assert f"{gain['mean']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]" in table[1]
-    more = {"seeds": [0, 1, 2], "same_against_same": [{"router": "<x>", "difference": gain, "passed": True}]}
-    page = write_page(evaluation=evaluation | more)[0]
-    assert [row[0] for row in page.tables["Seeds"][1:]] == ["0", "1", "2"]
-    assert page.tables["Same against same"][1][0] == "<x>"
-    assert page.tables["Same against same"][1][2] == "yes"
+def test_figures_that_stand_first(write_page, evaluator):
+    row = {"quantity": "log_likelihood", "compute": 0.5, "rival": "<x>", "best_other": True}
+    row["difference"] = {"mean": 0.0625, "low": 0.0, "high": 0.1}
+    others = [row | {"best_other": False, "rival": "no"}, row | {"compute": 0.6, "rival": "no"}]
+    page, _ = write_page(evaluation={"comparisons": [*others, row, row | {"quantity": "accuracy", "rival": "no"}]})
+    assert page.facts == [
+        f"{evaluator.native.loss:.4f}",
+        f"{100 * evaluator.native.accuracy:.2f} %",
+        "0.625",
+        "+0.0625",
+    ]
+    assert "gained over <x>, the best other router, at compute 0.5" in page.text
+    assert "gained over no" not in page.text
+
+
+@undrawn
+def test_selection_text_is_named_if_there_is_one(write_page, page_and_parts):
+    assert "Settings were chosen on" not in page_and_parts[0].text
+    selection = {"split": "validation", "tokens": 1234, "documents": 3}
+    page, _ = write_page(evaluation={"corpus": page_and_parts[1]["evaluation"]["corpus"] | {"selection": selection}})
+    assert "Settings were chosen on 1,234 other tokens (part: validation)" in page.text
 
 
 @undrawn
 def test_a_run_without_a_learned_router(write_page):
     page, parts = write_page(learned=False)
-    assert "No comparison" in page.text
+    assert len(page.facts) == 2
     assert {routing.router for routing in parts["profile"].routings} == {"plain"}
     assert page.marks
 
