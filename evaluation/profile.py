@@ -185,7 +185,12 @@ def profile_split(
 
 
 def showcase(
-    specs: Sequence[PointSpec], points: Sequence[Point], *, learned: str = "learned", bounds: Collection[str] = ()
+    specs: Sequence[PointSpec],
+    points: Sequence[Point],
+    *,
+    learned: str = "learned",
+    best: str | None = None,
+    bounds: Collection[str] = (),
 ) -> list[PointSpec]:
     """What is worth a closer look: the learned router near three computes, and the best other one near 0.5.
 
@@ -193,6 +198,8 @@ def showcase(
         specs: Routers at their settings; one with `score_on` is no router of the backbone, and is left out.
         points: What each of them scored, in the same order; of several seeds the first is shown.
         learned: Name of the learned router; without it the best other router is shown near all three computes.
+        best: Name of the best other router; if None, or one that is left out, the one with the best log-likelihood
+            within compute 0.5.
         bounds: Routers that are no rivals, such as oracles and those that are not causal.
 
     Returns:
@@ -204,7 +211,8 @@ def showcase(
         if not hasattr(spec, "score_on") and curve[0][1].seed == point.seed:
             curves.setdefault(point.router, []).append((spec, point))
     rivals = [name for name in curves if name != learned and name not in bounds]
-    best = max(rivals, key=lambda name: _quality([point for _, point in curves[name]]), default=None)
+    if best not in rivals:
+        best = max(rivals, key=lambda name: _quality([point for _, point in curves[name]]), default=None)
     wanted = [(learned, compute) for compute in COMPUTES if learned in curves]
     if best is not None:
         wanted += [(best, compute) for compute in ((RIVAL_COMPUTE,) if wanted else COMPUTES)]

@@ -102,6 +102,8 @@ def test_showcase_takes_the_learned_router_three_times_and_its_best_rival_once(m
     assert shown(showcase(specs, points, bounds={"oracle"})) == expected
     without = showcase(specs[:5], points[:5], bounds={"oracle"})
     assert shown(without) == [("good", 0.8, None), ("good", 0.45, None)]
+    named = shown(showcase(specs, points, best="bad"))
+    assert named == [*expected[:3], ("bad", 0.5, None)]
     assert showcase([], []) == []
 
 
