@@ -128,7 +128,7 @@ class Evaluator:
             usage=tally.usage,
             units_per_token=tally.units_per_token,
             distinct_units=tally.distinct_units,
-            load_cv=tally.load_cv,
+            balance=tally.balance,
             seconds=seconds,
         )
 

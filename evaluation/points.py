@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from evaluation.balance import Balance
 from evaluation.intervals import (
     DocumentSums,
     FloatArray,
@@ -39,8 +40,8 @@ class Point:
     """Mean units of a token at each site."""
     distinct_units: float
     """Mean number of distinct units that a batch touches at a site."""
-    load_cv: float
-    """Coefficient of variation of the load over experts, mean over expert sites; 0 when balanced."""
+    balance: Balance
+    """How evenly the experts are loaded."""
     seconds: float
     """Wall time of the forward passes over all windows."""
 
@@ -90,6 +91,6 @@ class Point:
             "delta_log_likelihood": self.delta_log_likelihood.to_json(),
             "units_per_token": list(self.units_per_token),
             "distinct_units": self.distinct_units,
-            "load_cv": self.load_cv,
+            **self.balance.to_json(),
             "seconds": self.seconds,
         }

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.balance import Balance, balance
 from evaluation.intervals import FloatArray
 from moe_backbone import ComputeMeter
 
@@ -75,8 +76,7 @@ class Tally:
         return float(np.mean(self._touched))
 
     @property
-    def load_cv(self) -> float:
-        """Standard deviation over mean of the experts' loads, mean over expert sites; 0 for a site never used."""
+    def balance(self) -> Balance:
+        """How evenly the experts are loaded."""
         sites = zip(self._meter.sites, self._loads, strict=True)
-        loads = [load[: site.num_units] for site, load in sites if site.kind == "experts"]
-        return float(np.mean([load.std() / load.mean() if load.any() else 0.0 for load in loads])) if loads else 0.0
+        return balance([load[: site.num_units] for site, load in sites if site.kind == "experts"], self.num_tokens)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from evaluation import DocumentSums, Evaluator, Point, Scored
+from evaluation.balance import Balance
 from moe_backbone import MoETransformer
 from moe_backbone.corpus import Corpus
 
@@ -33,7 +34,7 @@ def make_point() -> Callable[..., Point]:
             usage=np.array([[0.5, 1.0, np.nan], [0.1, 0.2, 0.7]]),
             units_per_token=(1.5, 1.0),
             distinct_units=2.0,
-            load_cv=0.5,
+            balance=Balance(load_cv=0.5, max_vio=0.9, dead_units=0.25, diversity=0.6, busiest_load=0.7),
             seconds=0.1,
         )
 

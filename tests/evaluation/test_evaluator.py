@@ -65,16 +65,18 @@ def test_balance_and_distinct_units(evaluator):
     first = SimpleNamespace(select=lambda view: torch.arange(4).expand(view.scores.shape) == 0)
     point = evaluator.score("first", first, setting={})
     assert point.distinct_units == 1.0
-    assert point.load_cv == pytest.approx(3**0.5)
+    assert point.balance.to_json() == pytest.approx(
+        {"load_cv": 3**0.5, "max_vio": 3.0, "dead_units": 0.75, "diversity": 0.25, "busiest_load": 1.0}
+    )
     everything = SimpleNamespace(select=lambda view: torch.ones_like(view.scores, dtype=torch.bool))
-    assert evaluator.score("all", everything, setting={}).load_cv == 0.0
+    assert evaluator.score("all", everything, setting={}).balance.load_cv == 0.0
     assert evaluator.score("all", everything, setting={}).distinct_units == 4.0
 
 
 def test_routing_nothing_is_legal(evaluator):
     nothing = SimpleNamespace(select=lambda view: torch.zeros_like(view.scores, dtype=torch.bool))
     point = evaluator.score("nothing", nothing, setting={})
-    assert (point.compute, point.load_cv, point.distinct_units) == (0.0, 0.0, 0.0)
+    assert (point.compute, point.balance.load_cv, point.distinct_units) == (0.0, 0.0, 0.0)
 
 
 def test_reported_compute_is_the_rows_that_ran(evaluator, random_subsets, tiny_backbone, monkeypatch):

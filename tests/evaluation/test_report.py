@@ -32,6 +32,7 @@ POINT_KEYS = {
     "router", "setting", "seed", "compute", "router_overhead", "compute_total", "accuracy", "log_likelihood",
     "accuracy_retained", "delta_log_likelihood", "units_per_token", "distinct_units", "load_cv", "seconds",
     "causal", "selection",
+    "max_vio", "dead_units", "diversity", "busiest_load",
 }  # fmt: skip
 
 

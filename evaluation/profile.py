@@ -1,0 +1,246 @@
+"""What each single token costs and loses under a router: who gets the compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evaluation.evaluator import PointSpec
+from evaluation.intervals import FloatArray
+from evaluation.points import Point
+from moe_backbone import Backbone, ComputeMeter, NativeRouter, Router, RoutingSite, token_log_likelihood
+from moe_backbone.corpus import Split
+
+COMPUTES = (0.7, 0.5, 0.4)
+"""Fractions of native compute near which a router is profiled."""
+RIVAL_COMPUTE = 0.5
+"""Fraction of native compute at which the best other router is chosen and profiled."""
+BATCH_SEQUENCES = 32
+PASSAGE_TOKENS = 768
+
+Setting = TypeVar("Setting")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenRouting:
+    """What one router at one setting did with every token; rows are tokens, sequence after sequence."""
+
+    router: str
+    """Name of the router; `learned` for the trained one."""
+    setting: dict[str, Any]
+    """What sets this setting apart from others of the same router."""
+    overhead: float
+    """The router's own FLOPs for one token, over the native routable FLOPs."""
+    site_compute: FloatArray = field(repr=False)
+    """Fraction of native compute spent at each site (num_sites, num_tokens), the router's own left out."""
+    subsets: tuple[NDArray[np.bool_], ...] = field(repr=False)
+    """Units that ran, for each site bool (num_tokens, num_units)."""
+    loss: FloatArray = field(repr=False)
+    """Minus the log-likelihood of the next token (num_tokens,), nats."""
+    entropy: FloatArray = field(repr=False)
+    """Entropy of the prediction of the next token (num_tokens,), nats."""
+
+    @property
+    def compute(self) -> FloatArray:
+        """Fraction of native compute that each token cost (num_tokens,), the router's own counted."""
+        return self.site_compute.sum(axis=0) + self.overhead
+
+    @property
+    def usage(self) -> FloatArray:
+        """Share of tokens that used each unit (num_sites, max_units), float64; NaN where a site has no such unit."""
+        usage = np.full((len(self.subsets), max(subset.shape[1] for subset in self.subsets)), np.nan)
+        for row, subset in zip(usage, self.subsets, strict=True):
+            row[: subset.shape[1]] = subset.mean(axis=0)
+        return usage
+
+    @property
+    def label(self) -> str:
+        """Name and compute, such as `learned at 0.51`."""
+        return f"{self.router} at {self.compute.mean():.2f}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Profile:
+    """The same tokens under native routing and under a few routers."""
+
+    sites: tuple[RoutingSite, ...]
+    tokens: NDArray[np.int64] = field(repr=False)
+    """Token ids (num_sequences, seq_len)."""
+    targets: NDArray[np.int64] = field(repr=False)
+    """Next tokens, same shape."""
+    native: TokenRouting
+    routings: tuple[TokenRouting, ...]
+
+
+def profile_routing(
+    backbone: Backbone,
+    tokens: Tensor,
+    targets: Tensor,
+    router: Router,
+    *,
+    name: str,
+    setting: Mapping[str, Any],
+    price: float = 0.0,
+) -> TokenRouting:
+    """Run `router` and keep what it did with every token.
+
+    Args:
+        backbone: What computes; on the device of the tokens.
+        tokens: (num_sequences, seq_len), int64.
+        targets: Next tokens, same shape.
+        router: What decides; `overhead_flops`, if it has it, is its own FLOPs per token over all sites.
+        name: Name of the router.
+        setting: What sets this setting apart from others of the same router.
+        price: Price shown to the router, nats per native compute.
+    """
+    meter = ComputeMeter(backbone.sites, tokens.shape[1])
+    batches = []
+    with torch.no_grad():
+        for start in range(0, len(tokens), BATCH_SEQUENCES):
+            rows = slice(start, start + BATCH_SEQUENCES)
+            batches.append(_run(backbone, meter, tokens[rows], targets[rows], router, price))
+    site_compute, loss, entropy = (np.concatenate(parts, axis=-1) for parts in list(zip(*batches, strict=True))[:3])
+    return TokenRouting(
+        router=name,
+        setting=dict(setting),
+        overhead=float(getattr(router, "overhead_flops", 0.0)) / meter.native_flops,
+        site_compute=site_compute,
+        subsets=tuple(np.concatenate(parts) for parts in zip(*(batch[3] for batch in batches), strict=True)),
+        loss=loss,
+        entropy=entropy,
+    )
+
+
+def _run(
+    backbone: Backbone, meter: ComputeMeter, tokens: Tensor, targets: Tensor, router: Router, price: float
+) -> tuple[FloatArray, FloatArray, FloatArray, list[NDArray[np.bool_]]]:
+    """Compute by site, loss, entropy and subsets of one batch."""
+    logits, subsets = backbone.run(tokens, router, torch.full((tokens.numel(),), price, device=tokens.device))
+    positions = torch.arange(meter.seq_len, device=tokens.device).repeat(len(tokens))
+    flops = torch.stack([meter.flops(index, subset, positions) for index, subset in enumerate(subsets)])
+    entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+    loss = -token_log_likelihood(logits, targets)
+    numbers = (flops / meter.native_flops, loss.flatten(), entropy.flatten())
+    site_compute, losses, entropies = (values.double().cpu().numpy() for values in numbers)
+    return site_compute, losses, entropies, [subset.cpu().numpy() for subset in subsets]
+
+
+def profile_points(backbone: Backbone, tokens: Tensor, targets: Tensor, specs: Iterable[PointSpec]) -> Profile:
+    """Profile native routing and each of `specs` on the same tokens, int64 (num_sequences, seq_len)."""
+    native = profile_routing(backbone, tokens, targets, NativeRouter(), name="native", setting={})
+    routings = [
+        profile_routing(
+            backbone,
+            tokens,
+            targets,
+            spec.router,
+            name=spec.name,
+            setting=spec.setting,
+            price=getattr(spec, "price", 0.0),
+        )
+        for spec in specs
+    ]
+    return Profile(
+        sites=tuple(backbone.sites),
+        tokens=tokens.cpu().numpy(),
+        targets=targets.cpu().numpy(),
+        native=native,
+        routings=tuple(routings),
+    )
+
+
+def profile_split(
+    backbone: Backbone,
+    split: Split,
+    specs: Sequence[PointSpec],
+    *,
+    seq_len: int,
+    max_tokens: int = 4096,
+    device: torch.device | str = "cpu",
+) -> tuple[Profile, Profile]:
+    """Profile windows spread over the whole split, and one passage of windows side by side from its middle.
+
+    Args:
+        backbone: What computes; on `device`.
+        split: Held-out text.
+        specs: Routers at their settings.
+        seq_len: Tokens of a window.
+        max_tokens: Most tokens of the windows that are spread.
+        device: Where the tokens go.
+    """
+    spread = split.windows(seq_len, max_tokens)[:2]
+    available = split.num_windows(seq_len)
+    count = max(1, min(available, PASSAGE_TOKENS // seq_len))
+    passage = split.at((np.arange(count) + (available - count) // 2) * seq_len, seq_len)
+    profiles = [
+        profile_points(backbone, tokens.to(device), targets.to(device), specs) for tokens, targets in (spread, passage)
+    ]
+    return profiles[0], profiles[1]
+
+
+def showcase(
+    specs: Sequence[PointSpec],
+    points: Sequence[Point],
+    *,
+    learned: str = "learned",
+    best: str | None = None,
+    bounds: Collection[str] = (),
+) -> list[PointSpec]:
+    """What is worth a closer look: the learned router near three computes, and the best other one near 0.5.
+
+    Args:
+        specs: Routers at their settings; one with `score_on` is no router of the backbone, and is left out.
+        points: What each of them scored, in the same order; of several seeds the first is shown.
+        learned: Name of the learned router; without it the best other router is shown near all three computes.
+        best: Name of the best other router; if None, or one that is left out, the one with the best log-likelihood
+            within compute 0.5.
+        bounds: Routers that are no rivals, such as oracles and those that are not causal.
+
+    Returns:
+        Specs on the routers' frontiers, each once, the learned router's first.
+    """
+    curves: dict[str, list[tuple[PointSpec, Point]]] = {}
+    for spec, point in zip(specs, points, strict=True):
+        curve = curves.get(point.router, [(spec, point)])
+        if not hasattr(spec, "score_on") and curve[0][1].seed == point.seed:
+            curves.setdefault(point.router, []).append((spec, point))
+    rivals = [name for name in curves if name != learned and name not in bounds]
+    if best not in rivals:
+        best = max(rivals, key=lambda name: _quality([point for _, point in curves[name]]), default=None)
+    wanted = [(learned, compute) for compute in COMPUTES if learned in curves]
+    if best is not None:
+        wanted += [(best, compute) for compute in ((RIVAL_COMPUTE,) if wanted else COMPUTES)]
+    chosen = [nearest(curves[name], compute, lambda pair: _scores(pair[1]))[0] for name, compute in wanted]
+    return list({id(spec): spec for spec in chosen}.values())
+
+
+def nearest(settings: Sequence[Setting], compute: float, scores: Callable[[Setting], tuple[float, float]]) -> Setting:
+    """The setting whose compute is nearest, of those that no other beats in log-likelihood at less or equal compute.
+
+    Args:
+        settings: Of one router.
+        compute: Fraction of native compute.
+        scores: Gives the compute and the log-likelihood of a setting.
+    """
+    best = -np.inf
+    kept = []
+    for setting in sorted(settings, key=lambda setting: (scores(setting)[0], -scores(setting)[1])):
+        if scores(setting)[1] > best:
+            best = scores(setting)[1]
+            kept.append(setting)
+    return min(kept, key=lambda setting: abs(scores(setting)[0] - compute))
+
+
+def _scores(point: Point) -> tuple[float, float]:
+    return point.compute, point.log_likelihood
+
+
+def _quality(points: Sequence[Point]) -> float:
+    """Best log-likelihood within `RIVAL_COMPUTE` in nats a token; minus infinity for a router that costs more."""
+    return max((point.log_likelihood for point in points if point.compute <= RIVAL_COMPUTE), default=-np.inf)
