@@ -4,7 +4,14 @@ from policies.baselines.clusters import Clustering, ClusterRouter, fit_clusterin
 from policies.baselines.fixed import EntropyThreshold, SecondRatio, SequenceTopK, Threshold, TopK, TopP
 from policies.baselines.greedy import GreedyConfig, GreedyPoint, GreedySearch
 from policies.baselines.hashing import HashRouter, TokenTable, balanced_table
-from policies.baselines.pruning import HeadPruning, head_importance, prune_heads
+from policies.baselines.pruning import (
+    ExpertPruning,
+    HeadPruning,
+    expert_importance,
+    head_importance,
+    prune_units,
+    routing_mass,
+)
 from policies.baselines.randomized import RandomHeads, RandomK, RandomSubset
 from policies.baselines.site_rules import ExpertRule, HeadRule, PerSiteRules
 from policies.baselines.sweep import FIXED_NAMES, FixedPoint, fixed_routers
@@ -14,6 +21,7 @@ __all__ = [
     "ClusterRouter",
     "Clustering",
     "EntropyThreshold",
+    "ExpertPruning",
     "ExpertRule",
     "FixedPoint",
     "GreedyConfig",
@@ -33,8 +41,10 @@ __all__ = [
     "TopK",
     "TopP",
     "balanced_table",
+    "expert_importance",
     "fit_clustering",
     "fixed_routers",
     "head_importance",
-    "prune_heads",
+    "prune_units",
+    "routing_mass",
 ]

@@ -15,7 +15,7 @@ from policies.baselines.clusters import ClusterKind, ClusterRouter, fit_clusteri
 from policies.baselines.fixed import EntropyThreshold, SecondRatio, SequenceTopK, Threshold, TopK, TopP
 from policies.baselines.greedy import GreedyPoint
 from policies.baselines.hashing import HashRouter, balanced_table
-from policies.baselines.pruning import HeadPruning, head_importance, prune_heads
+from policies.baselines.pruning import HeadPruning, head_importance, prune_units
 from policies.baselines.randomized import RandomHeads, RandomK, RandomSubset
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def _pruned(backbone: Backbone, tokens: Tensor, targets: Tensor, seed: int) -> I
     num_heads = sum(map(len, importance.values()))
     for share in KEPT_HEAD_SHARES:
         keep = round(share * num_heads)
-        kept = prune_heads(importance, keep)
+        kept = prune_units(importance, keep)
         for base in bases:
             yield FixedPoint(base.name, base.setting | {"heads_kept": keep}, HeadPruning(base.router, kept))
 

@@ -31,7 +31,7 @@ from policies.baselines import (
     balanced_table,
     fixed_routers,
     head_importance,
-    prune_heads,
+    prune_units,
 )
 
 CONFIG = BackboneConfig(
@@ -215,7 +215,7 @@ BAD = {
     "rate": (lambda: RandomSubset(-0.1, 0), r"rate must lie in \[0, 1\], got -0.1"),
     "share": (lambda: RandomHeads(2.0), r"share must lie in \[0, 1\], got 2.0"),
     "seed": (lambda: RandomHeads(0.5, -1), "seed must be at least 0, got -1"),
-    "keep": (lambda: prune_heads({0: torch.ones(4)}, 5), r"keep must lie in \[0, heads=4\], got 5"),
+    "keep": (lambda: prune_units({0: torch.ones(4)}, 5), r"keep must lie in \[0, units=4\], got 5"),
 }
 
 
@@ -251,7 +251,7 @@ def test_head_importance_equals_brute_force(backbone, text):
 
 
 def test_pruning_keeps_the_most_important_heads_over_all_layers():
-    kept = prune_heads({0: torch.tensor([0.3, 0.1, -0.2]), 2: torch.tensor([0.2, 0.4, 0.0])}, 3)
+    kept = prune_units({0: torch.tensor([0.3, 0.1, -0.2]), 2: torch.tensor([0.2, 0.4, 0.0])}, 3)
     assert {index: row.tolist() for index, row in kept.items()} == {0: [True, False, False], 2: [True, True, False]}
 
 
