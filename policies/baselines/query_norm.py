@@ -16,7 +16,7 @@ from moe_backbone.sites import Backbone, NativeRouter, SiteView, best_units
 class QueryNorm:
     """The `num_heads` heads in which the token's query is longest, and the best `k` experts by gate score.
 
-    Source: arXiv:2410.11842, section 3.3.
+    Source: arXiv:2410.11842, for a pretrained model.
 
     Raises:
         ValueError: If a count is negative, or on `select` larger than the site.
