@@ -53,12 +53,19 @@ class PrefixCache:
         """What a router sees of site `index` under the followed router."""
         return self.backbone.observe(self._states[index])
 
-    @torch.no_grad()
+    def logits(self, router: Router, first: int) -> Tensor:
+        """Logits (num_sequences, seq_len, vocab_size) of a router as in `measure`; remembers nothing."""
+        return self._run(router, first, self._states[: first + 1], self._computes[:first])
+
     def _walk(self, router: Router, first: int, states: list[Any], computes: list[float]) -> Outcome:
+        logits = self._run(router, first, states, computes)
+        return Outcome(loss=-token_log_likelihood(logits, self.targets).mean().item(), compute=sum(computes))
+
+    @torch.no_grad()
+    def _run(self, router: Router, first: int, states: list[Any], computes: list[float]) -> Tensor:
         for index in range(first, len(self.backbone.sites)):
             subset = router.select(self.backbone.observe(states[index]))
             flops = self.meter.flops(index, subset, self._positions).mean().item()
             computes.append(flops / self.meter.native_flops)
             states.append(self.backbone.advance(states[index], subset))
-        loss = -token_log_likelihood(self.backbone.finish(states[-1]), self.targets).mean().item()
-        return Outcome(loss=loss, compute=sum(computes))
+        return self.backbone.finish(states[-1])

@@ -20,7 +20,7 @@ from policies.baselines.fixed import heads_native, require_count
 
 @dataclass(frozen=True)
 class RandomK:
-    """`k` random experts for every token; heads native.
+    """`k` random experts for every token, each equally likely: at k 1 with P = 1 / num_experts; heads native.
 
     Raises:
         ValueError: If `k` or `seed` is negative, or on `select` if `k` is larger than the site.

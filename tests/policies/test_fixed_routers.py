@@ -15,6 +15,7 @@ from moe_backbone import (
     token_log_likelihood,
 )
 from policies.baselines import (
+    FIXED_NAMES,
     EntropyThreshold,
     GreedyConfig,
     GreedySearch,
@@ -31,7 +32,7 @@ from policies.baselines import (
     balanced_table,
     fixed_routers,
     head_importance,
-    prune_heads,
+    prune_units,
 )
 
 CONFIG = BackboneConfig(
@@ -215,7 +216,7 @@ BAD = {
     "rate": (lambda: RandomSubset(-0.1, 0), r"rate must lie in \[0, 1\], got -0.1"),
     "share": (lambda: RandomHeads(2.0), r"share must lie in \[0, 1\], got 2.0"),
     "seed": (lambda: RandomHeads(0.5, -1), "seed must be at least 0, got -1"),
-    "keep": (lambda: prune_heads({0: torch.ones(4)}, 5), r"keep must lie in \[0, heads=4\], got 5"),
+    "keep": (lambda: prune_units({0: torch.ones(4)}, 5), r"keep must lie in \[0, units=4\], got 5"),
 }
 
 
@@ -251,7 +252,7 @@ def test_head_importance_equals_brute_force(backbone, text):
 
 
 def test_pruning_keeps_the_most_important_heads_over_all_layers():
-    kept = prune_heads({0: torch.tensor([0.3, 0.1, -0.2]), 2: torch.tensor([0.2, 0.4, 0.0])}, 3)
+    kept = prune_units({0: torch.tensor([0.3, 0.1, -0.2]), 2: torch.tensor([0.2, 0.4, 0.0])}, 3)
     assert {index: row.tolist() for index, row in kept.items()} == {0: [True, False, False], 2: [True, True, False]}
 
 
@@ -271,35 +272,33 @@ def test_without_scikit_learn_its_routers_are_left_out_aloud(backbone, text, mon
     with caplog.at_level("WARNING"):
         names = {point.name for point in fixed_routers(backbone, *text, seed=0)}
     assert "hash" in names and not names & {"kmeans", "gaussian"}
-    assert "they need: pip install -e '.[cluster]'" in caplog.text
+    assert "it needs: pip install -e '.[cluster]'" in caplog.text
 
 
 def test_families_that_nobody_asks_for_cost_nothing(backbone, text, monkeypatch):
-    for name in ("head_importance", "fit_clustering"):
-        monkeypatch.setattr(f"policies.baselines.sweep.{name}", lambda *_, **__: pytest.fail("was computed"))
+    for place in ("calibration.head_importance", "calibration.fit_unit_keys", "fitted_families.fit_clustering"):
+        monkeypatch.setattr(f"policies.baselines.{place}", lambda *_, **__: pytest.fail("was computed"))
     names = {point.name for point in fixed_routers(backbone, *text, seed=0, wanted=("second", "hash"))}
     assert names == {"second-ratio", "hash"}
+
+
+def test_what_several_families_need_is_measured_once(backbone, text, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "policies.baselines.calibration.head_importance",
+        lambda *arguments: calls.append(1) or head_importance(*arguments),
+    )
+    fixed_routers(backbone, *text, seed=0, wanted=("top-k+", "allocation+", "expert-pruning+"))
+    assert len(calls) == 1
 
 
 def test_sweep_has_every_family_once_per_setting_and_all_routers_run(backbone, text):
     pytest.importorskip("sklearn")
     greedy = GreedySearch(backbone, *text, GreedyConfig(stop_compute=0.9)).run(progress=False)
     points = fixed_routers(backbone, *text, seed=0, greedy=greedy)
-    families = {"native", "top-k", "random-k", "random-subset", "random-heads", "threshold", "top-p", "greedy"}
-    families |= {
-        "second-ratio",
-        "entropy",
-        "hash",
-        "token-table",
-        "random-heads-each",
-        "kmeans",
-        "gaussian",
-        "sequence-top-k",
-    }
-    families |= {"top-k+pruning", "random-k+pruning", "threshold+pruning", "top-p+pruning"}
-    assert {point.name for point in points} == families
+    assert {point.name for point in points} == {"native", *FIXED_NAMES}
     rows = {json.dumps([point.name, point.setting], sort_keys=True) for point in points}
-    assert len(rows) == len(points) <= 90 + len(greedy)
+    assert len(rows) == len(points) <= 150 + len(greedy)
     assert [point.router for point in points if point.name == "greedy"] == [step.router for step in greedy]
     for point in points:
         logits, subsets = backbone.run(text[0], point.router)
@@ -307,3 +306,13 @@ def test_sweep_has_every_family_once_per_setting_and_all_routers_run(backbone, t
         if "heads_kept" in point.setting:
             units = [subset.any(0).sum().item() for subset in subsets[::2]]
             assert sum(units) == point.setting["heads_kept"]
+
+
+def test_uniform_expert_and_soft_routing_are_in_the_sweep(backbone, text):
+    """P = 1 / num_experts for every expert, and all experts weighted by the gate."""
+    points = fixed_routers(backbone, *text, seed=0, wanted=("random-k", "top-k"))
+    uniform = next(point.router for point in points if (point.name, point.setting.get("k")) == ("random-k", 1))
+    scores = torch.tensor([[0.97, 0.01, 0.01, 0.01]]).log().repeat(4000, 1)
+    subset = uniform.select(make_view("experts", 1, scores, torch.zeros(1, 4000, dtype=torch.int64)))
+    assert ((subset.float().mean(0) - 0.25).abs() < 0.03).all()
+    assert any(point.name == "top-k" and point.setting["k"] == CONFIG.num_experts for point in points)

@@ -1,0 +1,101 @@
+"""The honest alternative to routing: smaller backbones, trained as long, under native routing.
+
+Each is a row of the evaluation table in absolute loss, at its own compute: its routable FLOPs over those of the main
+backbone. Some of them save keys, values and other fixed parts as well; `compute_total` has those on both sides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from evaluation import Evaluator, Point
+from moe_backbone import BackboneConfig, ComputeMeter, fixed_flops
+from moe_backbone.compute import transformer_sites
+from moe_backbone.corpus import Corpus
+from moe_backbone.pretrain import PretrainConfig, load_or_train
+
+FAMILY = "smaller-native"
+"""Name of the rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallerModel:
+    """A smaller backbone and what sets it apart."""
+
+    setting: dict[str, int]
+    """Fields that differ from the main backbone's."""
+    config: BackboneConfig
+
+
+def smaller_models(config: BackboneConfig) -> list[SmallerModel]:
+    """A half and a quarter of the experts a token or of their width; three quarters and half of the heads.
+
+    Heads keep their size, so that fewer heads make every token narrower.
+
+    Args:
+        config: The main backbone.
+
+    Returns:
+        Distinct backbones, none as large as `config`.
+
+    Example: top_k 4, intermediate_size 96 and 8 heads of width 16 give top_k 2 and 1, intermediate_size 48 and 24,
+        hidden_size 96 with 6 heads and 64 with 4.
+    """
+    changes: list[dict[str, int]] = []
+    for part in (2, 4):
+        changes += [{"top_k": max(1, config.top_k // part)}]
+        changes += [{"intermediate_size": max(1, config.intermediate_size // part)}]
+    for share in (0.75, 0.5):
+        num_heads = max(1, round(share * config.num_heads))
+        changes += [{"num_heads": num_heads, "hidden_size": num_heads * config.head_size}]
+    smaller: dict[BackboneConfig, SmallerModel] = {}
+    for setting in changes:
+        other = replace(config, **setting)  # type: ignore[arg-type]
+        if other != config:
+            smaller.setdefault(other, SmallerModel(setting=setting, config=other))
+    return list(smaller.values())
+
+
+def score_smaller_models(
+    evaluator: Evaluator, corpus: Corpus, pretrain: PretrainConfig, *, device: torch.device | str = "cpu"
+) -> list[Point]:
+    """Train what is not in the cache, and score all on the windows of `evaluator`.
+
+    Args:
+        evaluator: Of the main backbone, whose native routing is 1.0 of compute and the native of all differences.
+        corpus: What the main backbone was trained on.
+        pretrain: How the main backbone was trained; the smaller ones are trained the same way and as long.
+        device: Where to train and score.
+
+    Returns:
+        One point a smaller model; its usage and units are those of its own sites.
+    """
+    main: BackboneConfig = evaluator.backbone.config  # type: ignore[attr-defined]
+    points = []
+    for model in smaller_models(main):
+        backbone = load_or_train(corpus, model.config, pretrain, device=str(device))
+        own = Evaluator(backbone, evaluator.split, max_tokens=evaluator.num_tokens, device=device).native
+        compute, compute_total = relative_compute(model.config, main)
+        points.append(
+            replace(
+                own,
+                router=FAMILY,
+                setting=dict(model.setting),
+                seed=pretrain.seed,
+                compute=compute,
+                compute_total=compute_total,
+                native_documents=evaluator.native.documents,
+            )
+        )
+    return points
+
+
+def relative_compute(config: BackboneConfig, main: BackboneConfig) -> tuple[float, float]:
+    """FLOPs of a native token of one backbone over those of another: routable ones, and all with the fixed parts."""
+    routable, main_routable = (
+        ComputeMeter(transformer_sites(each), each.seq_len).native_flops for each in (config, main)
+    )
+    total, main_total = routable + fixed_flops(config), main_routable + fixed_flops(main)
+    return routable / main_routable, total / main_total
