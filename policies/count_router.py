@@ -157,7 +157,6 @@ def load_count_router(folder: Path, backbone: Backbone) -> CountRouter:
         router = CountRouter(CountSpec.from_json(description))
         router.load_state_dict(weights)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"router weights must fit their description, got {folder}: {error}".replace("\n", " ")
-        ) from None
+        message = f"router weights must fit their description, got {folder}: {error}"
+        raise ValueError(message.replace("\n", " ")) from None
     return router.requires_grad_(False)
