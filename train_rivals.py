@@ -72,8 +72,9 @@ class DQNSettings:
     """Episodes between two copies to the target network."""
     learning_rate: float = 1e-3
     """Of Adam."""
-    exploration: float = 0.1
-    """Chance of random counts at the end; falls from 1 over the first third. SB3 draws once for all lanes."""
+    exploration: tuple[float, float] = (0.2, 0.05)
+    """Chance of random counts at a site at the start, and from the first third on. SB3 draws once for all lanes, so
+    more would leave no episode with one random site."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +272,8 @@ def _dqn(job: Job) -> list[RivalPoint]:
             gradient_steps=settings.gradient_steps,
             target_update_interval=settings.target_episodes * episode,
             exploration_fraction=1 / 3,
-            exploration_final_eps=settings.exploration,
+            exploration_initial_eps=settings.exploration[0],
+            exploration_final_eps=settings.exploration[1],
             policy_kwargs={"count_spec": value_spec(job.backbone.hidden_size, job.backbone.sites).to_json()},
             seed=job.seed,
             device=env.mdp.device,

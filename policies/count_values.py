@@ -13,6 +13,9 @@ from torch import Tensor
 from moe_backbone.sites import RoutingSite
 from policies.count_router import CountRouter, CountSpec
 
+UNIT_PENALTY = 0.2
+"""What each unit more or less than the native ones is thought to lose before learning, nats."""
+
 
 def value_spec(hidden_size: int, sites: Sequence[RoutingSite]) -> CountSpec:
     """Every site is decided, from 0 units on, by features, scores and price."""
@@ -21,6 +24,9 @@ def value_spec(hidden_size: int, sites: Sequence[RoutingSite]) -> CountSpec:
 
 class CountQNetwork(QNetwork):
     """Values of all counts, linear in features, scores and price, with weights of each site's own.
+
+    Before learning the native count is worth most. Values of zero would promise more than any count can earn, as
+    returns are negative, and the first policies would try them all at all sites at once.
 
     Args:
         *args: Those of `QNetwork`.
@@ -35,6 +41,8 @@ class CountQNetwork(QNetwork):
         spec = CountSpec.from_json(count_spec)
         self.count_spec, self.q_net = count_spec, CountRouter(spec)  # type: ignore[assignment]
         counts = torch.arange(spec.max_units + 1)
+        natives = torch.tensor([site.native_units for site in spec.sites]).unsqueeze(1)
+        self.q_net.weight.data[:, -1] = -UNIT_PENALTY * (counts - natives).abs()
         last = torch.stack([counts.clamp_max(site.num_units) for site in spec.sites])
         self.register_buffer("last", last.unsqueeze(1), persistent=False)
 
@@ -68,7 +76,7 @@ class CountQPolicy(DQNPolicy):
         super().__init__(*args, **kwargs)
 
     def make_q_net(self) -> CountQNetwork:
-        """A value network with weights of zero."""
+        """A value network that has learned nothing."""
         arguments = self._update_features_extractor(self.net_args, features_extractor=None)
         arguments = {name: value for name, value in arguments.items() if name not in ("net_arch", "activation_fn")}
         return CountQNetwork(**arguments, count_spec=self.count_spec).to(self.device)
