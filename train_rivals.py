@@ -279,7 +279,7 @@ def _dqn(job: Job) -> list[RivalPoint]:
             device=env.mdp.device,
         )
         _learn(model, settings.episodes * env.num_sites, progress)
-        save_count_router(model.policy.router, job.kept, job.backbone)  # type: ignore[operator, arg-type]
+        save_count_router(model.policy.router, job.kept, job.backbone)  # type: ignore[arg-type]
 
     job.train_once(asdict(settings), settings.episodes * len(job.backbone.sites), train)
     return job.at_prices(load_count_router(job.kept, job.backbone))

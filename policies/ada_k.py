@@ -61,7 +61,7 @@ class AdaKConfig:
 
 
 class Allocation(NamedTuple):
-    """One rollout; every tensor but `quality` is (num_layers, num_lanes, ...)."""
+    """One rollout; every tensor is (num_layers, num_lanes, ...), and `quality` is the same for all layers."""
 
     features: Tensor
     """(num_layers, num_lanes, hidden_size), float32."""
@@ -72,7 +72,7 @@ class Allocation(NamedTuple):
     log_probs: Tensor
     """Of the counts when they were drawn, nats."""
     quality: Tensor
-    """Log-likelihood against the native rollout (num_lanes,), nats."""
+    """Log-likelihood against the native rollout (1, num_lanes), nats."""
 
 
 class AdaK:
@@ -128,9 +128,7 @@ class AdaK:
             rollout = self._play(native=False)
             for _ in range(self.config.n_epochs):
                 for rows in self._minibatches():
-                    quality = rollout.quality[rows]
-                    part = Allocation(*(tensor[:, rows] for tensor in rollout[:-1]), quality)
-                    self._descend(optimizer, self.loss(part))
+                    self._descend(optimizer, self.loss(Allocation(*(tensor[:, rows] for tensor in rollout))))
             progress()
 
     def loss(self, rollout: Allocation) -> Tensor:
@@ -139,7 +137,7 @@ class AdaK:
         log_probs = self.router.values(slice(None), rollout.features).log_softmax(-1)
         advantage = rollout.quality
         if config.cost == "reward":  # the native rollout that it is measured against pays too
-            advantage = advantage - config.cost_weight * (rollout.counts - self.native_k).sum(0)
+            advantage = advantage - config.cost_weight * (rollout.counts - self.native_k).sum(0, keepdim=True)
         ratio = (log_probs.gather(-1, rollout.counts.unsqueeze(-1)).squeeze(-1) - rollout.log_probs).exp()
         clipped = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
         loss = -torch.min(advantage * ratio, advantage * clipped).mean()
@@ -151,7 +149,8 @@ class AdaK:
     def _play(self, *, native: bool) -> Allocation:
         """One episode of every lane with counts drawn from the allocators, or with native ones."""
         env, router = self.env, self.router
-        hidden_size, layers = router.spec.hidden_size, []
+        hidden_size = router.spec.hidden_size
+        layers: list[tuple[Tensor, ...]] = []
         observation = env.begin_tensor(env.draw_batch())
         for site in router.spec.sites:
             counts = torch.full((env.num_envs,), site.native_units, device=observation.device)
@@ -165,7 +164,8 @@ class AdaK:
                 layers.append((features, scores, counts, log_probs))
             step = env.step_tensor(counts)
             observation = step.observation
-        return Allocation(*(torch.stack(parts) for parts in zip(*layers, strict=True)), step.quality)
+        features, scores, counts, log_probs = (torch.stack(parts) for parts in zip(*layers, strict=True))
+        return Allocation(features, scores, counts, log_probs, step.quality.unsqueeze(0))
 
     def _optimizer(self) -> torch.optim.Optimizer:
         config = self.config

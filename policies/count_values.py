@@ -37,12 +37,13 @@ class CountQNetwork(QNetwork):
     last: Tensor
 
     def __init__(self, *args: Any, count_spec: dict[str, Any], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs, net_arch=[])
+        super().__init__(*args, **{**kwargs, "net_arch": []})
         spec = CountSpec.from_json(count_spec)
-        self.count_spec, self.q_net = count_spec, CountRouter(spec)  # type: ignore[assignment]
+        router = CountRouter(spec)
+        self.count_spec, self.q_net = count_spec, router  # type: ignore[assignment]
         counts = torch.arange(spec.max_units + 1)
         natives = torch.tensor([site.native_units for site in spec.sites]).unsqueeze(1)
-        self.q_net.weight.data[:, -1] = -UNIT_PENALTY * (counts - natives).abs()
+        router.weight.data[:, -1] = -UNIT_PENALTY * (counts - natives).abs()
         last = torch.stack([counts.clamp_max(site.num_units) for site in spec.sites])
         self.register_buffer("last", last.unsqueeze(1), persistent=False)
 

@@ -61,7 +61,7 @@ def _enumerated_gradient(learner: AdaK, features: Tensor, qualities: Tensor) -> 
     log_probs = learner.router.values(slice(None), features).log_softmax(-1).detach()[0, 0]
     for count, quality in enumerate(qualities, start=1):
         counts = torch.tensor([[count]])
-        part = Allocation(features, features, counts, log_probs[count].view(1, 1), quality.view(1))
+        part = Allocation(features, features, counts, log_probs[count].view(1, 1), quality.view(1, 1))
         learner.router.zero_grad()
         learner.loss(part).backward()
         assert learner.router.weight.grad is not None
@@ -92,7 +92,7 @@ def test_clipped_ratio_stops_learning() -> None:
     for quality, learns in ((1.0, False), (-1.0, True)):
         learner.router.zero_grad()
         old = torch.full((1, 1), -5.0)  # now a quarter
-        part = Allocation(features, features, torch.tensor([[2]]), old, torch.tensor([quality]))
+        part = Allocation(features, features, torch.tensor([[2]]), old, torch.tensor([[quality]]))
         learner.loss(part).backward()
         assert learner.router.weight.grad is not None
         assert bool(learner.router.weight.grad.any()) == learns
