@@ -46,32 +46,32 @@ class OnPolicySettings:
     to the bit: log-probabilities weighed by the return to go."""
     normalize_advantage: bool = True
     """Whether advantages get mean 0 and deviation 1 in each batch; without a critic the batch mean is the baseline."""
-    num_sequences: int = 8
+    num_sequences: int = 16
     """Sequences of an update."""
     updates: int = 100
     """Gradient steps."""
-    learning_rate: float = 3e-3
-    """Of RMSprop."""
+    learning_rate: float = 1e-3
+    """Of RMSprop at the start; falls linearly to 3 % of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DQNSettings:
     """DQN (Mnih et al., 2015) on the count codec."""
 
-    num_sequences: int = 32
+    num_sequences: int = 8
     """Sequences that run at once."""
-    episodes: int = 100
+    episodes: int = 200
     """Times that all of them run."""
     gradient_steps: int = 16
     """After each episode."""
     batch_size: int = 1024
     """Transitions of a gradient step."""
-    buffer_episodes: int = 8
+    buffer_episodes: int = 32
     """Episodes of all sequences that the replay buffer holds."""
     target_episodes: int = 2
     """Episodes between two copies to the target network."""
     learning_rate: float = 1e-3
-    """Of Adam."""
+    """Of Adam at the start; falls linearly to 3 % of it."""
     exploration: tuple[float, float] = (0.2, 0.05)
     """Chance of random counts at a site at the start, and from the first third on. SB3 draws once for all lanes, so
     more would leave no episode with one random site."""
@@ -81,10 +81,10 @@ class DQNSettings:
 class RivalSettings:
     """What each rival may spend."""
 
-    cost_weights: tuple[float, ...] = (0.003, 0.006, 0.012, 0.025, 0.05)
+    cost_weights: tuple[float, ...] = (0.006, 0.012, 0.025, 0.05, 0.1)
     """Ada-K has no price as an input: one policy for each point."""
     ada_k: AdaKConfig = AdaKConfig()
-    ada_k_sequences: int = 32
+    ada_k_sequences: int = 8
     """Sequences of one of its rollouts."""
     a2c: OnPolicySettings = OnPolicySettings()
     reinforce: OnPolicySettings = OnPolicySettings(critic=False)

@@ -43,11 +43,11 @@ class AblationConfig:
 
     seeds: tuple[int, ...] = (0, 1)
     """Of counts drawn, minibatches and text."""
-    cost_weights: tuple[float, ...] = (0.006, 0.012, 0.025, 0.05)
+    cost_weights: tuple[float, ...] = (0.012, 0.03, 0.08)
     """One policy each."""
     computes: tuple[float, ...] = (0.7, 0.6, 0.5)
     """Fractions of native compute at which variants are compared, the allocators' own cost included."""
-    updates: int = 40
+    updates: int = 120
     """Rollouts of PPO for each policy."""
     max_tokens: int = 16_384
     """Test tokens that each policy is scored on."""

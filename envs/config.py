@@ -29,7 +29,8 @@ class EnvConfig:
     """`subset`: one bit a unit. `count`: how many units, best gate scores first. `ranked`: an ordered list of
     `ranked_units` different units."""
     ranked_units: int = 2
-    """Units that an action of the `ranked` codec names; a site with no more of them runs them all."""
+    """Units that an action of the `ranked` codec names; a site with no more of them runs them all. Its space cannot say
+    that they differ: what `sample` draws may be refused."""
     rollouts_per_sequence: int = 1
     """Copies of every sequence in a vector environment, same tokens and same price."""
     native_cache_mb: int = 0

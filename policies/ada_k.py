@@ -31,19 +31,19 @@ class AdaKConfig:
     """
 
     cost_weight: float = 3e-3
-    """Nats that one expert more at every layer must bring, for each layer; the paper's lambda."""
+    """Nats that one expert more at one layer must bring; the paper's lambda."""
     cost: Literal["loss", "reward"] = "loss"
     """`loss`: the expected count is a term of the loss. `reward`: the sampled count is taken off the reward."""
     warm_start: Literal["top_p", "native_k", "none"] = "top_p"
     """Labels that the allocators are fitted to first: `top_p`: experts that reach a gate mass, whose mean is native k
     (P-Warm). `native_k`: native k for every token. `none`: no fitting, all counts are equally likely."""
-    warm_updates: int = 12
+    warm_updates: int = 24
     """Native rollouts that the warm start is fitted to."""
-    updates: int = 60
+    updates: int = 120
     """Rollouts of PPO."""
     n_epochs: int = 2
     """Passes over a rollout."""
-    batch_size: int = 1024
+    batch_size: int = 512
     """Tokens of a minibatch, each with all its layers."""
     learning_rate: float = 1e-3
     """Of AdamW; falls as a cosine in the warm start, constant in PPO."""
