@@ -4,7 +4,7 @@ python -m benchmarks.ada_k              # about six minutes on two CPU cores
 
 The paper (arXiv:2410.10456) reports, on Qwen1.5-MoE, P-Warm above always-k above no warm start, and the cost in the
 loss at least as good as in the reward. Each cell here is a loss in nats a token, interpolated along the curve of
-`cost_weights`, mean over seeds with the lowest and the highest; every variant has the same number of rollouts.
+`cost_weights`, mean over seeds with the lowest and the highest; every variant has as many rollouts of PPO, those of the warm start come on top.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class AblationConfig:
     """Fractions of native compute at which variants are compared, the allocators' own cost included."""
     updates: int = 120
     """Rollouts of PPO for each policy."""
+    warm_updates: int = 24
+    """Rollouts of a warm start, for all policies of a variant and seed together."""
     max_tokens: int = 16_384
     """Test tokens that each policy is scored on."""
 
@@ -56,14 +58,12 @@ class AblationConfig:
 def curve(
     env: RoutingVecEnv, evaluator: Evaluator, preset: AdaKConfig, seed: int, weights: Sequence[float], bar: Any
 ) -> list[Point]:
-    """Points of one variant and seed; without a warm start its rollouts go to PPO instead."""
+    """Points of one variant and seed."""
     start = AdaK(env, preset, seed)
     start.warm_up()
-    spare = preset.warm_updates if preset.warm_start == "none" else 0
     points = []
     for weight in weights:
-        changed = replace(preset, cost_weight=weight, updates=preset.updates + spare)
-        learner = AdaK(env, changed, seed, deepcopy(start.router))
+        learner = AdaK(env, replace(preset, cost_weight=weight), seed, deepcopy(start.router))
         learner.learn(bar.update)
         points.append(evaluator.score("ada-k", learner.router, setting={"cost_weight": weight}, seed=seed))
     return points
@@ -79,7 +79,7 @@ def ablate(config: AblationConfig, corpus: Corpus, backbone: MoETransformer) -> 
     policies = len(VARIANTS) * len(config.seeds) * len(config.cost_weights)
     with tqdm(total=policies * config.updates, desc="ada-k", unit="rollout", disable=None) as bar:
         for name, changes in VARIANTS.items():
-            preset = replace(settings.ada_k, updates=config.updates, **changes)
+            preset = replace(settings.ada_k, updates=config.updates, warm_updates=config.warm_updates, **changes)
             curves = []
             for seed in config.seeds:
                 env = RoutingVecEnv(lanes, backbone, CorpusSource(corpus.train, seq_len), RULES, seed=seed)

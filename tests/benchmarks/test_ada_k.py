@@ -14,7 +14,9 @@ from moe_backbone.corpus import Corpus
 
 def test_table_has_a_row_for_every_variant(tiny_backbone: MoETransformer, tiny_corpus: Corpus) -> None:
     """Mean and range over two seeds at a compute that all reach; heads are native, so a tenth is out of reach."""
-    config = AblationConfig(seeds=(0, 1), cost_weights=(0.0, 1.0), computes=(2.0, 0.1), updates=2, max_tokens=64)
+    config = AblationConfig(
+        seeds=(0, 1), cost_weights=(0.0, 1.0), computes=(2.0, 0.1), updates=2, warm_updates=1, max_tokens=64
+    )
     text = StringIO()
     Console(width=200, file=text).print(ablate(config, tiny_corpus, tiny_backbone))
     lines = text.getvalue().splitlines()
