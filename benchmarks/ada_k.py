@@ -4,7 +4,8 @@ python -m benchmarks.ada_k              # about six minutes on two CPU cores
 
 The paper (arXiv:2410.10456) reports, on Qwen1.5-MoE, P-Warm above always-k above no warm start, and the cost in the
 loss at least as good as in the reward. Each cell here is a loss in nats a token, interpolated along the curve of
-`cost_weights`, mean over seeds with the lowest and the highest; every variant has as many rollouts of PPO, those of the warm start come on top.
+`cost_weights`, mean over seeds with the lowest and the highest. Every variant has as many rollouts of PPO; those of the
+warm start come on top.
 """
 
 from __future__ import annotations
