@@ -25,8 +25,12 @@ class EnvConfig:
     """Lowest price of native compute, nats; drawn log-uniformly for each sequence and shown to the policy."""
     price_high: float = 1.0
     """Highest price; equal to `price_low` for one fixed price."""
-    action: Literal["subset", "count"] = "subset"
-    """`subset`: one bit a unit. `count`: how many units, best gate scores first."""
+    action: Literal["subset", "count", "ranked"] = "subset"
+    """`subset`: one bit a unit. `count`: how many units, best gate scores first. `ranked`: an ordered list of
+    `ranked_units` different units."""
+    ranked_units: int = 2
+    """Units that an action of the `ranked` codec names; a site with no more of them runs them all. Its space cannot say
+    that they differ: what `sample` draws may be refused."""
     rollouts_per_sequence: int = 1
     """Copies of every sequence in a vector environment, same tokens and same price."""
     native_cache_mb: int = 0
@@ -39,12 +43,12 @@ class EnvConfig:
             require_price(name, getattr(self, name))
         if self.price_high < self.price_low:
             raise ValueError(f"price_high must be at least price_low={self.price_low}, got {self.price_high}")
-        require_at_least(self, 1, "rollouts_per_sequence")
+        require_at_least(self, 1, "rollouts_per_sequence", "ranked_units")
         require_at_least(self, 0, "native_cache_mb")
         for name, known in (
             ("quality", ("kl", "log_likelihood", "accuracy")),
             ("credit", ("token", "sequence")),
-            ("action", ("subset", "count")),
+            ("action", ("subset", "count", "ranked")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

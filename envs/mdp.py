@@ -21,7 +21,7 @@ from envs.reward import quality, shared, step_reward
 from envs.rollout import Rollout, TokenBatch
 from envs.token_source import TokenSource
 from moe_backbone import ComputeMeter, MoETransformer, best_units
-from moe_backbone.checks import require_price
+from moe_backbone.checks import require, require_price
 from moe_backbone.compensation import Compensation
 from moe_backbone.transformer import RoutingState
 
@@ -81,6 +81,9 @@ class RoutingMDP:
             max_units=backbone.config.max_units,
             num_sites=len(backbone.sites),
         )
+        ranked, most = config.ranked_units, self.layout.max_units
+        if config.action == "ranked":
+            require(ranked <= most, f"ranked_units must be at most max_units={most}, got {ranked}")
         self.num_lanes = num_sequences * config.rollouts_per_sequence * source.seq_len
         self._native = NativeReference(backbone, config.native_cache_mb * 2**20)
         self.subsets: list[Tensor] = []
@@ -98,6 +101,8 @@ class RoutingMDP:
         """Action of one lane."""
         if self.config.action == "count":
             return spaces.Discrete(self.layout.max_units + 1)
+        if self.config.action == "ranked":
+            return spaces.MultiDiscrete([self.layout.max_units] * self.config.ranked_units)
         return spaces.MultiBinary(self.layout.max_units)
 
     @torch.no_grad()
@@ -164,7 +169,8 @@ class RoutingMDP:
         """Run the current site.
 
         Args:
-            action: bool (num_lanes, max_units), or int64 (num_lanes,) for the count codec.
+            action: bool (num_lanes, max_units); int64 (num_lanes,) for the count codec, (num_lanes, ranked_units) for
+                the ranked one.
         """
         subset, price = self.decode(action), self.price
         cost = (self._by_sequence(subset.sum(1)) * self._unit_flops / self.meter.native_flops).float().flatten()
@@ -204,7 +210,11 @@ class RoutingMDP:
         """Subset of the current site that an action means: bool (num_lanes, num_units)."""
         if self.config.action == "count":
             return best_units(self._rollout.scores(), action)
-        return action[:, : self.backbone.sites[self._rollout.site_index].num_units]
+        num_units = self.backbone.sites[self._rollout.site_index].num_units
+        if self.config.action == "ranked":
+            subset = torch.full((len(action), self.layout.max_units), num_units <= action.shape[1], device=self.device)
+            return subset.scatter(1, action, True)[:, :num_units]
+        return action[:, :num_units]
 
     @property
     def _unit_flops(self) -> Tensor:

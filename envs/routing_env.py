@@ -23,7 +23,8 @@ class RoutingEnv(gym.Env[np.ndarray, Any]):
     """Choose which units one token uses, site by site; `reset` moves to the next token of the sequence.
 
     - Observation: flat float32, see `ObservationLayout`.
-    - Action: `MultiBinary(max_units)`, units beyond the site's own are ignored; or a count, see `EnvConfig`.
+    - Action: `MultiBinary(max_units)`, units beyond the site's own are ignored; or a count, or an ordered list of
+      different units, see `EnvConfig`.
     - Reward: minus price times compute at every site, plus quality against the native rollout at the last.
     - Episode: the token's way through all sites; it terminates at the last and is never truncated.
     - Info: `cost`, `quality`, `vector_reward` (quality, minus cost), `reward_weights` (1, price), `price`, `site`.

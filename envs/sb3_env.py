@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
@@ -80,14 +81,15 @@ class RoutingVecEnv(VecEnv):
         """Run the current site; at the last one the observation returned is that of the end, and nothing restarts.
 
         Args:
-            actions: bool or of zeros and ones (num_envs, max_units), or int64 (num_envs,) for the count codec.
+            actions: bool or of zeros and ones (num_envs, max_units); int64 (num_envs,) for the count codec,
+                (num_envs, ranked_units) for the ranked one, where nothing checks that the units differ.
 
         Raises:
             ResetNeeded: Before the first reset and after the last site.
         """
         if not self._running:
             raise ResetNeeded("reset must be called before step: before the first episode and after each last site")
-        step = self.mdp.step(actions if actions.ndim == 1 else actions.bool())
+        step = self.mdp.step(actions.bool() if isinstance(self.action_space, spaces.MultiBinary) else actions)
         self._running = not step.terminated
         self._returns = self._returns + step.reward
         return step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from gymnasium import spaces
@@ -31,7 +31,13 @@ class RouterPolicy(ActorCriticPolicy):
 
     Raises:
         ValueError: If the action space is not `MultiBinary`.
+
+    Attributes:
+        codec: Name of the action codec that it speaks, and `codec_space` the class of its actions.
     """
+
+    codec: ClassVar[str] = "subset"
+    codec_space: ClassVar[type[spaces.Space[Any]]] = spaces.MultiBinary
 
     def __init__(
         self,
@@ -43,8 +49,9 @@ class RouterPolicy(ActorCriticPolicy):
         critic_size: int = 64,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(action_space, spaces.MultiBinary):
-            raise ValueError(f"action space must be MultiBinary (action='subset'), got {action_space}")
+        if not isinstance(action_space, self.codec_space):
+            name = self.codec_space.__name__
+            raise ValueError(f"action space must be {name} (action={self.codec!r}), got {action_space}")
         if router_spec is None:
             raise ValueError("router_spec must be RouterSpec.to_json(), got None")
         self.router_spec, self.critic_size, self.has_critic = router_spec, critic_size, critic

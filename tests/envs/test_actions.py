@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.error import InvalidAction
 
 from envs import EnvConfig, RoutingEnv, RoutingVectorEnv
 
@@ -41,6 +42,47 @@ def test_counts_beyond_the_sites_own_mean_all_of_them(make_env: Callable[..., Ro
         env.reset(seed=SEED)
         costs.append(env.step(count)[4]["cost"])
     np.testing.assert_allclose(np.array(costs) / costs[1], [0, 1, 2, 2, 2], rtol=1e-6)
+
+
+def test_ranked_units_run_in_any_order_and_small_sites_run_whole(make_env: Callable[..., RoutingEnv]) -> None:
+    """Units 3 and 1 of four experts; both of two heads whatever the action says; one unit names one head."""
+    for order in ([3, 1], [1, 3]):
+        env = make_env(EnvConfig(action="ranked"))
+        env.reset(seed=SEED)
+        env.step(order)
+        env.step(order)
+        assert [subset.tolist() for subset in env.mdp.subsets] == [[[True, True]], [[False, True, False, True]]]
+    env = make_env(EnvConfig(action="ranked", ranked_units=1))
+    env.reset(seed=SEED)
+    for unit, chosen in ((1, [False, True]), (2, [False, False, True, False])):
+        env.step([unit])
+        assert env.mdp.subsets[-1].tolist() == [chosen]
+
+
+def test_ranked_units_that_repeat_are_refused(
+    make_env: Callable[..., RoutingEnv], make_vector: Callable[..., RoutingVectorEnv], make_sb3: Callable[..., Any]
+) -> None:
+    """At every door, whatever the site; so are units that there are not."""
+    single, vector, sb3 = (make(EnvConfig(action="ranked")) for make in (make_env, make_vector, make_sb3))
+    for env in (single, vector):
+        env.reset(seed=SEED)
+    sb3.reset()
+    actions = np.tile([0, 1], (LANES, 1))
+    actions[5] = 2
+    for step in (lambda: single.step([2, 2]), lambda: vector.step(actions), lambda: sb3.step(actions)):
+        with pytest.raises(InvalidAction, match=r"action must name different units in each lane, got \[2 2\]"):
+            step()
+    with pytest.raises(InvalidAction, match=r"action must hold whole numbers in \[0, 3\]"):
+        single.step([0, 4])
+    with pytest.raises(InvalidAction, match=r"action must have shape \(1, 2\), got \(1, 3\)"):
+        single.step([0, 1, 2])
+
+
+def test_more_ranked_units_than_there_are_is_refused(make_env: Callable[..., RoutingEnv]) -> None:
+    """The largest site has four."""
+    assert make_env(EnvConfig(action="ranked", ranked_units=4)).action_space.shape == (4,)
+    with pytest.raises(ValueError, match="ranked_units must be at most max_units=4, got 5"):
+        make_env(EnvConfig(action="ranked", ranked_units=5))
 
 
 @pytest.mark.parametrize("action", CODECS)

@@ -24,6 +24,7 @@ NUM_SEQUENCES = 2
 TOLERANCE = 2e-5
 """Absolute, float32: observations and rewards are of the order of 1 after four sublayers."""
 QUALITIES: tuple[Literal["kl", "log_likelihood", "accuracy"], ...] = ("kl", "log_likelihood", "accuracy")
+CODECS = ("subset", "count", "ranked")
 INFO_NAMES = ("cost", "quality", "price", "vector_reward", "reward_weights")
 FLAVOURS = {
     "plain": {},
@@ -47,6 +48,9 @@ def _random_actions(mdp: RoutingMDP, seed: int = SEED) -> np.ndarray:
     if mdp.config.action == "count":
         actions = generator.integers(0, mdp.layout.max_units + 1, shape)
         most = mdp.layout.max_units
+    elif mdp.config.action == "ranked":
+        order = generator.random((*shape, mdp.layout.max_units)).argsort(-1)
+        return order[..., : mdp.config.ranked_units]
     else:
         actions = generator.integers(0, 2, (*shape, mdp.layout.max_units), dtype=np.int8)
         most = 1
@@ -122,13 +126,13 @@ def check_orders_agree(by_site: Rollout, by_token: Rollout) -> None:
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-@pytest.mark.parametrize("action", ["subset", "count"])
+@pytest.mark.parametrize("action", CODECS)
 @pytest.mark.parametrize("quality", QUALITIES)
 def test_decoding_equals_running_site_by_site(
     source: TokenSource,
     backbone: MoETransformer,
     quality: Literal["kl", "log_likelihood", "accuracy"],
-    action: Literal["subset", "count"],
+    action: Literal["subset", "count", "ranked"],
     flavour: str,
 ) -> None:
     """Observations, rewards, costs and info of random per-token actions do not depend on the order of the walk."""
@@ -174,11 +178,11 @@ def test_same_seed_decodes_the_text_of_a_vector_environment_of_one_sequence(
 
 @pytest.mark.parametrize("rollouts_per_sequence", [1, 2])
 @pytest.mark.parametrize("credit", ["token", "sequence"])
-@pytest.mark.parametrize("action", ["subset", "count"])
+@pytest.mark.parametrize("action", CODECS)
 def test_both_vector_doors_agree_to_the_bit(
     source: TokenSource,
     backbone: MoETransformer,
-    action: Literal["subset", "count"],
+    action: Literal["subset", "count", "ranked"],
     credit: Literal["token", "sequence"],
     rollouts_per_sequence: int,
 ) -> None:
