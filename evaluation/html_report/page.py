@@ -17,7 +17,8 @@ from evaluation.html_report.cells import Table, record_table, terminal_table, va
 from evaluation.html_report.passage import passage_marks, shading
 from evaluation.html_report.tables import balance_table, group_tables, profile_source, site_table
 from evaluation.plots import usage_figure
-from evaluation.profile import RIVAL_COMPUTE, Profile, TokenRouting
+from evaluation.profile import Profile, TokenRouting
+from evaluation.showcase import RIVAL_COMPUTE
 from moe_backbone.files import write_text_atomic
 
 LONG_KEYS = {"units_per_token"}

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from evaluation.html_report.cells import Cell, Table, heading, value_text
-from evaluation.profile import RIVAL_COMPUTE, Profile, TokenRouting, nearest
+from evaluation.profile import Profile, TokenRouting
+from evaluation.showcase import RIVAL_COMPUTE, nearest
 from evaluation.token_groups import Grouping, byte_classes, quintiles, word_positions
 
 BALANCE_KEYS = ("compute", "load_cv", "max_vio", "dead_units", "diversity", "busiest_load", "setting")

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from evaluation import Evaluator, Point, evaluate_all, usage_figure
 from evaluation.html_report import write_html_report
-from evaluation.profile import Profile, profile_points, showcase
+from evaluation.profile import Profile, profile_points
+from evaluation.showcase import showcase
 from moe_backbone import MoETransformer, SiteView, best_units
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
