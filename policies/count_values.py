@@ -13,8 +13,8 @@ from torch import Tensor
 from moe_backbone.sites import RoutingSite
 from policies.count_router import CountRouter, CountSpec
 
-UNIT_PENALTY = 0.2
-"""What each unit more or less than the native ones is thought to lose before learning, nats."""
+UNIT_PENALTY = 0.02
+"""What each unit more or less than the native ones is thought to lose before learning, in the rewards' unit."""
 
 
 def value_spec(hidden_size: int, sites: Sequence[RoutingSite]) -> CountSpec:

@@ -113,7 +113,7 @@ def test_native_counts_are_worth_most_before_learning() -> None:
     observation = torch.from_numpy(env.reset())
     with torch.no_grad():
         values = model.q_net(observation)[0]
-        assert values.tolist() == pytest.approx([-0.4, -0.2, 0, 0, 0])
+        assert values.tolist() == pytest.approx([-0.04, -0.02, 0, 0, 0])
         assert torch.equal(model.q_net_target(observation)[0], values)
         observation = torch.from_numpy(env.step(np.full(LANES, 2))[0])
-        assert model.q_net(observation)[0].tolist() == pytest.approx([-0.2, 0, -0.2, -0.4, -0.6])
+        assert model.q_net(observation)[0].tolist() == pytest.approx([-0.02, 0, -0.02, -0.04, -0.06])
