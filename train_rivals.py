@@ -75,9 +75,29 @@ class DQNSettings:
     """What rewards are multiplied with, see `ScaledReward`."""
     learning_rate: float = 1e-4
     """Of Adam at the start; falls linearly to 3 % of it."""
-    exploration: tuple[float, float] = (0.2, 0.05)
-    """Chance of random counts at a site at the start, and from the first third on. SB3 draws once for all lanes, so
-    more would leave no episode with one random site."""
+    exploration: tuple[float, float] = (0.5, 0.1)
+    """Chance of random counts at a site at the start, and from the first third on; SB3 draws once for all lanes."""
+
+
+class ScaledReward(VecEnvWrapper):
+    """Rewards times `scale`.
+
+    DQN's Huber loss takes errors beyond 1 by their size alone, and so fits a median: where a few tokens lose several
+    nats, it would promise too much. Scaled down, errors are squared and the fit is a mean.
+    """
+
+    def __init__(self, env: RoutingVecEnv, scale: float) -> None:
+        super().__init__(env)
+        self.scale = scale
+
+    def reset(self) -> np.ndarray:
+        """As the environment does."""
+        return self.venv.reset()  # type: ignore[return-value]
+
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """As the environment does, but for the rewards."""
+        observation, rewards, dones, infos = self.venv.step_wait()
+        return observation, self.scale * rewards, dones, infos  # type: ignore[return-value]
 
 
 class ScaledReward(VecEnvWrapper):
