@@ -11,7 +11,7 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from io import StringIO
@@ -40,6 +40,11 @@ from evaluation import (
     tradeoff_figure,
     write_evaluation,
 )
+from evaluation.headroom import HeadroomPoint, oracle_headroom
+from evaluation.html_report import run_provenance, write_html_report
+from evaluation.profile import profile_split
+from evaluation.showcase import showcase
+from families import FAMILIES
 from moe_backbone import MoETransformer, NativeRouter
 from moe_backbone.checks import require_at_least
 from moe_backbone.corpus import Corpus
@@ -56,28 +61,12 @@ logger = logging.getLogger("evaluate_rl")
 
 GREEDY_VERSION = 1
 """Raised when the search finds other routers on the same text."""
-ALL = "all"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """Routers that are made by training, or otherwise take long: scored when `routers` names them, or all."""
-
-    name: str
-    make: Callable[[Context], Sequence[PointSpec]]
-    """Gives a spec for each setting and seed (`name`, `setting`, `router`, `seed`); keeps what it trains in the run
-    folder of the context, so that the next call is short."""
-    rival: bool = True
-    """Whether it can be the best other router; False for what is no router, or a bound."""
-
-
-FAMILIES: list[Family] = []
-"""Families beside the fixed routers, in the order of the table."""
+ALL, ORACLE = "all", "oracle"
 
 
 def known_routers() -> tuple[str, ...]:
     """What `routers` can name."""
-    return (*FIXED_NAMES, *(family.name for family in FAMILIES))
+    return (*FIXED_NAMES, *(family.name for family in FAMILIES), ORACLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +132,8 @@ class Context:
     """Of the run, with its `config.json`."""
     seeds: tuple[int, ...]
     """Of routers that are trained or drawn."""
+    output: Path | None = None
+    """Where the report goes; the run folder if None."""
     selection: Evaluator
     held_out: Evaluator
 
@@ -155,7 +146,13 @@ class Context:
 
 
 def evaluation_context(
-    backbone: MoETransformer, corpus: Corpus, config: EvaluationConfig, *, folder: Path, seeds: Sequence[int]
+    backbone: MoETransformer,
+    corpus: Corpus,
+    config: EvaluationConfig,
+    *,
+    folder: Path,
+    seeds: Sequence[int],
+    output: Path | None = None,
 ) -> Context:
     """Both texts, scored natively; made before anything long, so that what cannot work says so at once."""
     device = next(backbone.parameters()).device
@@ -167,6 +164,7 @@ def evaluation_context(
         config=config,
         folder=folder,
         seeds=tuple(seeds),
+        output=output,
         selection=selection,
         held_out=held_out,
     )
@@ -201,7 +199,13 @@ def evaluate(context: Context, learned: Mapping[int, LinearRouter]) -> Evaluatio
         scored=scored,
         bounds=frozenset(bounds),
         checks=checks,
+        headroom=_headroom(context) if context.config.wants(ORACLE, trained=True) else [],
     )
+
+
+def _headroom(context: Context) -> list[HeadroomPoint]:
+    device = next(context.backbone.parameters()).device
+    return oracle_headroom(context.backbone, context.corpus.test, device=device)
 
 
 def fixed_points(context: Context) -> Iterator[FixedPoint]:
@@ -219,7 +223,8 @@ def fixed_points(context: Context) -> Iterator[FixedPoint]:
 
 def greedy_points(backbone: MoETransformer, corpus: Corpus, tokens: Tensor, targets: Tensor) -> list[GreedyPoint]:
     """The greedy search's routers on training windows; searched once for a backbone, then kept in the cache."""
-    key = f"greedy-{backbone.sha256()[:12]}-{corpus.sha256[:12]}-{tokens.numel()}-v{GREEDY_VERSION}.json"
+    meaning = "" if backbone.head_meaning == "query" else f"-{backbone.head_meaning}"
+    key = f"greedy{meaning}-{backbone.sha256()[:12]}-{corpus.sha256[:12]}-{tokens.numel()}-v{GREEDY_VERSION}.json"
     path = cache_folder() / key
     if path.exists():
         return [GreedyPoint.from_json(point) for point in json.loads(path.read_text(encoding="utf-8"))]
@@ -228,8 +233,9 @@ def greedy_points(backbone: MoETransformer, corpus: Corpus, tokens: Tensor, targ
     return points
 
 
-def write_report(evaluation: Evaluation, backbone: MoETransformer, corpus: Corpus, folder: Path) -> Figure:
-    """Write `evaluation.json`, `tradeoff.png` and `tables.txt`, print the tables, and return the figure."""
+def write_report(evaluation: Evaluation, context: Context) -> Figure:
+    """Write `evaluation.json`, `tradeoff.png`, `tables.txt` and `report.html`, print the tables, return the figure."""
+    backbone, corpus, folder = context.backbone, context.corpus, context.output or context.folder
     content = build_evaluation(
         evaluation,
         corpus=corpus.name,
@@ -238,13 +244,34 @@ def write_report(evaluation: Evaluation, backbone: MoETransformer, corpus: Corpu
         parameters=backbone.num_parameters,
     )
     write_evaluation(folder / "evaluation.json", content)
-    figure = tradeoff_figure(evaluation.curves, evaluation.held_out.native)
+    figure = tradeoff_figure(evaluation.curves, evaluation.held_out.native, headroom=evaluation.headroom)
     save_figure(figure, folder / "tradeoff.png")
-    text = StringIO()
+    text, parts = StringIO(), list(report_parts(evaluation))
     for console in (report_console(), report_console(text)):
-        for part in report_parts(evaluation):
+        for part in parts:
             console.print(part, highlight=False)
     write_text_atomic(folder / "tables.txt", text.getvalue())
+    profile, passage = profile_split(
+        backbone,
+        corpus.test,
+        showcase(
+            evaluation.specs,
+            [scored.selection for scored in evaluation.scored],
+            best=next((row.rival for row in evaluation.comparisons if row.best and row.compute == 0.5), None),
+            bounds=evaluation.bounds,
+        ),
+        seq_len=backbone.config.seq_len,
+        device=next(backbone.parameters()).device,
+    )
+    write_html_report(
+        folder / "report.html",
+        evaluation=content,
+        parts=parts,
+        tradeoff=figure,
+        profile=profile,
+        passage=passage,
+        provenance=run_provenance(context.folder, corpus, command=sys.argv, seeds=context.seeds),
+    )
     return figure
 
 
@@ -311,9 +338,10 @@ def run(config: EvaluateConfig) -> None:
     trained, corpus, backbone = load_run(config.run_dir, pick_device(config.device))
     load_router(config.run_dir, backbone)  # refuse before anything long
     seeds = range(trained.seed, trained.seed + config.seeds)
-    context = evaluation_context(backbone, corpus, config.evaluation, folder=config.run_dir, seeds=seeds)
+    where: dict[str, Any] = {"folder": config.run_dir, "seeds": seeds, "output": config.output}
+    context = evaluation_context(backbone, corpus, config.evaluation, **where)
     evaluation = evaluate(context, learned_routers(config.run_dir, trained, context))
-    write_report(evaluation, backbone, corpus, config.output or config.run_dir)
+    write_report(evaluation, context)
     if any(check.exact and not check.equal for check in evaluation.checks):
         raise ValueError("native routing must score the same twice, got another score: no figure above can be trusted")
 

@@ -49,7 +49,7 @@ def _version(name: str) -> str | None:
 
 
 def read_config(folder: Path, kind: type[Config]) -> Config:
-    """Read `config.json` of a run.
+    """Read `config.json` of a run; settings that came later than the run have their defaults.
 
     Raises:
         ValueError: If the folder holds no readable configuration of this version.
@@ -66,9 +66,8 @@ def _build(kind: Any, data: Any) -> Any:
     if not isinstance(data, dict):
         raise TypeError(f"{kind.__name__} must be an object, not {data!r}")
     hints = get_type_hints(kind)
-    known = {field.name for field in fields(kind)}
-    if wrong := set(data) ^ known:
-        raise KeyError(f"unknown or missing settings {', '.join(sorted(wrong))}")
+    if wrong := set(data) - {field.name for field in fields(kind)}:
+        raise KeyError(f"unknown settings {', '.join(sorted(wrong))}")
     return kind(**{name: _value(hints[name], value) for name, value in data.items()})
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from evaluation import Evaluator, Point
 from moe_backbone import BackboneConfig, ComputeMeter, fixed_flops
 from moe_backbone.compute import transformer_sites
@@ -58,38 +56,34 @@ def smaller_models(config: BackboneConfig) -> list[SmallerModel]:
     return list(smaller.values())
 
 
-def score_smaller_models(
-    evaluator: Evaluator, corpus: Corpus, pretrain: PretrainConfig, *, device: torch.device | str = "cpu"
-) -> list[Point]:
-    """Train what is not in the cache, and score all on the windows of `evaluator`.
+def score_smaller_model(
+    model: SmallerModel, evaluator: Evaluator, corpus: Corpus, pretrain: PretrainConfig, *, device: str = "cpu"
+) -> Point:
+    """Train a smaller backbone if it is not in the cache, and score it on the windows of `evaluator`.
 
     Args:
+        model: From `smaller_models`.
         evaluator: Of the main backbone, whose native routing is 1.0 of compute and the native of all differences.
         corpus: What the main backbone was trained on.
-        pretrain: How the main backbone was trained; the smaller ones are trained the same way and as long.
+        pretrain: How the main backbone was trained; the smaller one is trained the same way and as long.
         device: Where to train and score.
 
     Returns:
-        One point a smaller model; its usage and units are those of its own sites.
+        The smaller model's native routing; its usage and units are those of its own sites.
     """
     main: BackboneConfig = evaluator.backbone.config  # type: ignore[attr-defined]
-    points = []
-    for model in smaller_models(main):
-        backbone = load_or_train(corpus, model.config, pretrain, device=str(device))
-        own = Evaluator(backbone, evaluator.split, max_tokens=evaluator.num_tokens, device=device).native
-        compute, compute_total = relative_compute(model.config, main)
-        points.append(
-            replace(
-                own,
-                router=FAMILY,
-                setting=dict(model.setting),
-                seed=pretrain.seed,
-                compute=compute,
-                compute_total=compute_total,
-                native_documents=evaluator.native.documents,
-            )
-        )
-    return points
+    backbone = load_or_train(corpus, model.config, pretrain, device=device)
+    own = Evaluator(backbone, evaluator.split, max_tokens=evaluator.num_tokens, device=device).native
+    compute, compute_total = relative_compute(model.config, main)
+    return replace(
+        own,
+        router=FAMILY,
+        setting=dict(model.setting),
+        seed=pretrain.seed,
+        compute=compute,
+        compute_total=compute_total,
+        native_documents=evaluator.native.documents,
+    )
 
 
 def relative_compute(config: BackboneConfig, main: BackboneConfig) -> tuple[float, float]:

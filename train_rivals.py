@@ -1,4 +1,4 @@
-"""Reinforcement-learning rivals of the learned router: Ada-K, A2C, REINFORCE and DQN, each within about a minute.
+"""Rivals of the learned router that are trained: gates by back-propagation, Ada-K, A2C, REINFORCE and DQN.
 
 They are trained on training text once and kept in the run folder under `rivals/`, where the next call finds them.
 """
@@ -27,12 +27,13 @@ from moe_backbone.files import write_text_atomic
 from policies.ada_k import AdaK, AdaKConfig
 from policies.count_router import CountRouter, load_count_router, save_count_router
 from policies.count_values import CountQPolicy, value_spec
+from policies.gating import GatingConfig
 from policies.linear_router import LinearRouter, RouterSpec
 from policies.portable import load_router, save_router
 from policies.router_policy import RouterPolicy
 
 if TYPE_CHECKING:  # it imports the evaluation, which imports this
-    from train_rl import TrainConfig
+    from training_config import TrainConfig
 
 NOTE = "rival.json"
 """What a rival was trained with; written last."""
@@ -100,31 +101,14 @@ class ScaledReward(VecEnvWrapper):
         return observation, self.scale * rewards, dones, infos  # type: ignore[return-value]
 
 
-class ScaledReward(VecEnvWrapper):
-    """Rewards times `scale`.
-
-    DQN's Huber loss takes errors beyond 1 by their size alone, and so fits a median: where a few tokens lose several
-    nats, it would promise too much. Scaled down, errors are squared and the fit is a mean.
-    """
-
-    def __init__(self, env: RoutingVecEnv, scale: float) -> None:
-        super().__init__(env)
-        self.scale = scale
-
-    def reset(self) -> np.ndarray:
-        """As the environment does."""
-        return self.venv.reset()  # type: ignore[return-value]
-
-    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
-        """As the environment does, but for the rewards."""
-        observation, rewards, dones, infos = self.venv.step_wait()
-        return observation, self.scale * rewards, dones, infos  # type: ignore[return-value]
-
-
 @dataclass(frozen=True, kw_only=True)
 class RivalSettings:
     """What each rival may spend."""
 
+    gating: GatingConfig = GatingConfig(steps=800)
+    """As many steps as the learned router takes before and between its updates."""
+    gating_l0: GatingConfig = GatingConfig(steps=400, relaxation="hard_concrete")
+    """Every expert of every token runs and learns in these steps, which makes them twice as long."""
     cost_weights: tuple[float, ...] = (0.006, 0.012, 0.025, 0.05, 0.1)
     """Ada-K has no price as an input: one policy for each point."""
     ada_k: AdaKConfig = AdaKConfig()
@@ -143,6 +127,17 @@ class RivalPoint:
     setting: dict[str, Any]
     seed: int
     router: Router
+
+
+def router_spec(config: TrainConfig, backbone: MoETransformer) -> RouterSpec:
+    """Of the learned router of a run."""
+    return RouterSpec(
+        hidden_size=backbone.hidden_size,
+        sites=tuple(backbone.sites),
+        price_low=config.env.price_low,
+        price_high=config.env.price_high,
+        compensation=config.compensation,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,13 +266,8 @@ def _on_policy(job: Job, settings: OnPolicySettings) -> list[RivalPoint]:
     """SB3's A2C around a `LinearRouter`."""
 
     def train(progress: Callable[[], object]) -> None:
-        env, rules = job.environment(settings.num_sequences, action="subset"), job.config.env
-        spec = RouterSpec(
-            hidden_size=job.backbone.hidden_size,
-            sites=tuple(job.backbone.sites),
-            price_low=rules.price_low,
-            price_high=rules.price_high,
-        )
+        env = job.environment(settings.num_sequences, action="subset")
+        spec = replace(router_spec(job.config, job.backbone), compensation=False)
         model = A2C(
             RouterPolicy,
             env,
@@ -344,7 +334,26 @@ def _learn(model: BaseAlgorithm, steps: int, progress: Callable[[], object]) -> 
     model.learn(steps * model.n_envs, callback=tick)
 
 
+def _gating(job: Job, settings: GatingConfig) -> list[RivalPoint]:
+    """Back-propagation alone, with the inputs and the compensation of the learned router."""
+    from training_run import build_gates
+
+    def train(progress: Callable[[], object]) -> None:
+        spec = router_spec(job.config, job.backbone)
+        router, parts = LinearRouter(spec).to(next(job.backbone.parameters()).device), (job.corpus, job.backbone)
+        trainer = build_gates(replace(job.config, seed=job.seed), settings, router, parts)
+        for _ in range(settings.steps):
+            trainer.train(1)
+            progress()
+        save_router(router, job.kept, job.backbone)
+
+    job.train_once(asdict(settings), settings.steps, train)
+    return job.at_prices(load_router(job.kept, job.backbone))
+
+
 _LEARNERS: dict[str, Callable[[Job], list[RivalPoint]]] = {
+    "gating": lambda job: _gating(job, job.settings.gating),
+    "gating-l0": lambda job: _gating(job, job.settings.gating_l0),
     "ada-k": _ada_k,
     "a2c": lambda job: _on_policy(job, job.settings.a2c),
     "reinforce": lambda job: _on_policy(job, job.settings.reinforce),

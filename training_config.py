@@ -95,8 +95,13 @@ class TrainConfig:
         require_at_least(self, 0, "eval_times", "seed", "adapt_backbone")
         limit = self.cost_limit
         require(limit is None or 0 < limit <= 1, f"cost_limit must lie in (0, 1], got {limit}")
-        if self.random_routing is not None:
-            replace(self.pretrain, random_routing=self.random_routing)
+        _ = self.pretraining  # refuses an impossible share
+
+    @property
+    def pretraining(self) -> PretrainConfig:
+        """How the backbone is trained, `random_routing` in it."""
+        share = self.pretrain.random_routing if self.random_routing is None else self.random_routing
+        return replace(self.pretrain, random_routing=share)
 
 
 PRESETS = {

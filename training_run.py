@@ -28,10 +28,11 @@ from policies.calibration import Calibration, calibrate
 from policies.callbacks import GateSteps, PeriodicEvaluation, PeriodicSave, ProgressBar, RoutingMetrics
 from policies.cost_limit import SPREAD, CostLimit
 from policies.gating import GateTrainer, GatingConfig
-from policies.linear_router import LinearRouter, RouterSpec
+from policies.linear_router import LinearRouter
 from policies.portable import save_router
 from policies.routing_ppo import RoutingPPO
 from policies.sampled import SampledRouter
+from train_rivals import router_spec
 from training_config import TrainConfig
 
 logger = logging.getLogger("train_rl")
@@ -44,10 +45,7 @@ CALIBRATION_TOKENS, CALIBRATION_PRICES = 8192, 20
 
 def load_backbone(config: TrainConfig, corpus: Corpus, device: str) -> MoETransformer:
     """The trained backbone of a run."""
-    pretrain = config.pretrain
-    if config.random_routing is not None:
-        pretrain = replace(pretrain, random_routing=config.random_routing)
-    return load_or_train(corpus, config.backbone, pretrain, device=device)
+    return load_or_train(corpus, config.backbone, config.pretraining, device=device)
 
 
 def build_model(config: TrainConfig, backbone: MoETransformer, corpus: Corpus) -> RoutingPPO:
@@ -56,13 +54,6 @@ def build_model(config: TrainConfig, backbone: MoETransformer, corpus: Corpus) -
     lanes = ppo.num_sequences * config.env.rollouts_per_sequence * backbone.config.seq_len
     source = CorpusSource(corpus.train, backbone.config.seq_len, order=config.order)
     env = RoutingVecEnv(lanes, backbone, source, config.env, seed=config.seed)
-    spec = RouterSpec(
-        hidden_size=backbone.hidden_size,
-        sites=tuple(backbone.sites),
-        price_low=config.env.price_low,
-        price_high=config.env.price_high,
-        compensation=config.compensation,
-    )
     return RoutingPPO(
         "RouterPolicy",
         env,
@@ -74,7 +65,7 @@ def build_model(config: TrainConfig, backbone: MoETransformer, corpus: Corpus) -
         ent_coef=ppo.ent_coef,
         max_grad_norm=ppo.max_grad_norm,
         target_kl=ppo.target_kl,
-        policy_kwargs={"router_spec": spec.to_json(), "critic": ppo.advantage == "gae"},
+        policy_kwargs={"router_spec": router_spec(config, backbone).to_json(), "critic": ppo.advantage == "gae"},
         seed=config.seed,
         device=next(backbone.parameters()).device,
     )
@@ -258,7 +249,7 @@ class Run:
     def evaluate(self) -> None:
         """Score the learned router and all fixed ones on the test documents."""
         evaluation = evaluate(self.context, {self.config.seed: self.router})
-        figure = write_report(evaluation, self.backbone, self.corpus, self.folder)
+        figure = write_report(evaluation, self.context)
         self.model.logger.record(
             "figures/all_routers", Figure(figure, close=False), exclude=("stdout", "log", "json", "csv")
         )

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from evaluation.bootstrap import iqm, resample
 from evaluation.curves import Curve, Curves, Quantity, frontier, sums_along, sums_of, tokens_of
+from evaluation.headroom import HeadroomPoint
 from evaluation.intervals import FloatArray, percentile_interval
 from evaluation.points import Point
 from moe_backbone.files import write_atomic
@@ -36,7 +37,9 @@ LABELS: Mapping[Quantity, str] = {
 }
 
 
-def tradeoff_figure(curves: Curves, native: Point, *, learned: str = "learned") -> Figure:
+def tradeoff_figure(
+    curves: Curves, native: Point, *, learned: str = "learned", headroom: Sequence[HeadroomPoint] = ()
+) -> Figure:
     """Accuracy and log-likelihood against compute on held-out text, one line for each router.
 
     A line is the interquartile mean over seeds. The vertical axes reach down to the learned router's worst setting, at
@@ -46,6 +49,7 @@ def tradeoff_figure(curves: Curves, native: Point, *, learned: str = "learned") 
         curves: Of all routers; the first few that are not learned get a colour and a band, the others are grey.
         native: The held-out point of native routing.
         learned: Name of the router that is drawn on top.
+        headroom: Of an oracle that does not know the label, drawn as native plus its difference, dashed.
 
     Returns:
         A figure of two panels; bands are 95 % intervals of the difference to native, over documents and seeds.
@@ -62,6 +66,7 @@ def tradeoff_figure(curves: Curves, native: Point, *, learned: str = "learned") 
         axes.plot(native.compute, base, "k*", markersize=13, label="native", zorder=6)
         axes.set_xlabel("Compute (fraction of native routable FLOPs, router included)")
         axes.set_ylabel(LABELS[quantity])
+        _draw_headroom(axes, headroom, quantity, base)
         _limit(axes, focus, quantity)
         _note_hidden(axes, shown, quantity)
     handles = axes.get_legend_handles_labels()[0][::-1]  # native and the learned router first
@@ -103,6 +108,14 @@ def usage_figure(usage: FloatArray, site_names: Sequence[str]) -> Figure:
 def save_figure(figure: Figure, path: Path, *, dpi: int = 150) -> None:
     """Write a PNG whole or not at all; `dpi` in dots per inch."""
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=dpi))
+
+
+def _draw_headroom(axes: Axes, headroom: Sequence[HeadroomPoint], quantity: Quantity, base: float) -> None:
+    points = sorted((point for point in headroom if not point.knows_label), key=lambda point: point.compute)
+    if points:
+        gains = [getattr(point, f"delta_{quantity}").mean for point in points]
+        label = f"oracle on {points[0].num_tokens} tokens"
+        axes.plot([p.compute for p in points], [base + gain for gain in gains], "k--", linewidth=1, label=label)
 
 
 def _title(curves: Curves) -> str:

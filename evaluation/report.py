@@ -65,6 +65,7 @@ def build_evaluation(
         "summary": evaluation.summary,
         "comparisons": [comparison.to_json() for comparison in evaluation.comparisons],
         "checks": [check.to_json() for check in evaluation.checks],
+        "oracle": [point.to_json() for point in evaluation.headroom],
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +10,7 @@ from evaluation.checks import Check
 from evaluation.compare import COMPUTES, Comparison, best_others, compare
 from evaluation.curves import Curve, Scored, group_curves
 from evaluation.evaluator import Evaluator, PointSpec
+from evaluation.headroom import HeadroomPoint
 from evaluation.summary import summarize
 
 
@@ -29,6 +30,8 @@ class Evaluation:
     """Routers that can't be the best other one."""
     checks: list[Check]
     """A/A: what must come out equal."""
+    headroom: list[HeadroomPoint] = field(default_factory=list)
+    """What an oracle reaches on sampled tokens; empty where it was not asked for."""
 
     @cached_property
     def curves(self) -> dict[str, list[Curve]]:

@@ -82,6 +82,7 @@ class TinyRun:
         "evaluation.json",
         "tables.txt",
         "tradeoff.png",
+        "report.html",
     }
 
     def __init__(self, corpus: Path) -> None:

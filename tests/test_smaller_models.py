@@ -8,7 +8,7 @@ import pytest
 from evaluation import Evaluator, compare
 from moe_backbone import BackboneConfig, token_log_likelihood
 from moe_backbone.pretrain import PretrainConfig, load_or_train
-from smaller_models import relative_compute, score_smaller_models, smaller_models
+from smaller_models import relative_compute, score_smaller_model, smaller_models
 
 PRETRAIN = PretrainConfig(steps=4, sequences=2, eval_every=2, seed=3)
 
@@ -45,7 +45,10 @@ def test_compute_worked_by_hand(tiny_config):
 def scored(tiny_config, tiny_corpus):
     main = load_or_train(tiny_corpus, tiny_config, PRETRAIN)
     evaluator = Evaluator(main, tiny_corpus.test, max_tokens=160)
-    return evaluator, score_smaller_models(evaluator, tiny_corpus, PRETRAIN)
+    return evaluator, [
+        score_smaller_model(model, evaluator, tiny_corpus, PRETRAIN)
+        for model in smaller_models(evaluator.backbone.config)
+    ]
 
 
 def test_points_are_the_models_own_loss_on_the_same_windows(scored, tiny_config, tiny_corpus, cache):

@@ -1,0 +1,119 @@
+"""Families of routers that are trained, or otherwise take long: scored when `--routers` names them, or all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file, save_file
+
+from evaluation import Evaluator, Point, PointSpec
+from moe_backbone.compensation import Compensation
+from moe_backbone.files import write_atomic
+from policies.compensated import CompensatedRouter, fit_compensation
+from run_folder import read_config
+from smaller_models import FAMILY, SmallerModel, score_smaller_model, smaller_models
+
+if TYPE_CHECKING:  # both know the evaluation, which knows this
+    from evaluate_rl import Context
+    from training_config import TrainConfig
+
+COMPENSATED = "greedy+compensation"
+COMPENSATION_TOKENS = 400_000
+"""Training tokens that the compensation of greedy search is fitted on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Routers that belong together in the table."""
+
+    name: str
+    make: Callable[[Context], Sequence[PointSpec]]
+    """Gives a spec for each setting and seed (`name`, `setting`, `router`, `seed`); keeps what it trains in the run
+    folder of the context, so that the next call is short."""
+    rival: bool = True
+    """Whether it can be the best other router; False for what is no router, or a bound."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallerSpec:
+    """A smaller backbone under its own native routing, as a row of the table."""
+
+    model: SmallerModel
+    config: TrainConfig
+    context: Context
+    name: str = FAMILY
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What is smaller."""
+        return dict(self.model.setting)
+
+    def score_on(self, evaluator: Evaluator) -> Point:
+        """On the windows of the main backbone; the smaller one is trained first if it is not in the cache."""
+        device = next(self.context.backbone.parameters()).device
+        return score_smaller_model(
+            self.model, evaluator, self.context.corpus, self.config.pretraining, device=str(device)
+        )
+
+
+def run_config(context: Context) -> TrainConfig:
+    """Settings of the run, with the evaluation of now."""
+    from training_config import TrainConfig
+
+    return replace(read_config(context.folder, TrainConfig), evaluation=context.config)
+
+
+def trained_rivals(name: str, context: Context) -> list[PointSpec]:
+    """A rival of `train_rivals.py` at each seed."""
+    from train_rivals import train_rival
+
+    config, corpus = run_config(context), context.corpus
+    made: list[PointSpec] = []
+    for seed in context.seeds:
+        made += train_rival(name, config, context.backbone, corpus, seed, context.folder)
+    return made
+
+
+def compensated_greedy(context: Context) -> list[PointSpec]:
+    """Greedy search's routers with constants in place of what they skip, as the learned router has them."""
+    from evaluate_rl import greedy_points
+    from policies.baselines import FixedPoint
+
+    backbone, corpus = context.backbone, context.corpus
+    points = greedy_points(backbone, corpus, *context.training_windows)[1:]
+    device = next(backbone.parameters()).device
+    compensation = Compensation(backbone.sites, backbone.hidden_size)
+    kept = context.folder / "rivals" / f"{COMPENSATED}-{backbone.sha256()[:12]}.safetensors"
+    if kept.exists():
+        compensation.load_state_dict(load_file(kept))
+    else:
+        tokens = corpus.train.windows(backbone.config.seq_len, COMPENSATION_TOKENS)[0].to(device)
+        compensation = fit_compensation(backbone, [point.router for point in points], tokens)
+        weights = {name: weight.cpu().contiguous() for name, weight in compensation.state_dict().items()}
+        write_atomic(kept, lambda path: save_file(weights, path))
+    compensation = compensation.requires_grad_(False).to(device)
+    return [
+        FixedPoint(COMPENSATED, {"step": step}, CompensatedRouter(point.router, compensation))
+        for step, point in enumerate(points, 1)
+    ]
+
+
+def smaller_native(context: Context) -> list[PointSpec]:
+    """Smaller backbones, trained as long; a row each, and none can be the best other router: they are no routers."""
+    config = run_config(context)
+    specs = [SmallerSpec(model=model, config=config, context=context) for model in smaller_models(config.backbone)]
+    return list(specs)  # type: ignore[arg-type]
+
+
+FAMILIES: list[Family] = [
+    *(
+        Family(name=name, make=partial(trained_rivals, name))
+        for name in ("gating", "gating-l0", "ada-k", "a2c", "reinforce", "dqn")
+    ),
+    Family(name=COMPENSATED, make=compensated_greedy),
+    Family(name=FAMILY, make=smaller_native, rival=False),
+]
+"""In the order of the table."""
