@@ -22,7 +22,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from envs import CorpusSource, EnvConfig, RoutingVecEnv
-from evaluation import Evaluator, Point, loss_at
+from evaluation import Evaluator, Point, Scored, loss_at
 from moe_backbone import BackboneConfig, MoETransformer
 from moe_backbone.corpus import Corpus, load_corpus
 from moe_backbone.pretrain import PretrainConfig, load_or_train
@@ -91,7 +91,11 @@ def ablate(config: AblationConfig, corpus: Corpus, backbone: MoETransformer) -> 
 
 def _cell(curves: Sequence[Sequence[Point]], compute: float) -> str:
     """Mean over seeds, and the range."""
-    losses = [loss for points in curves if (loss := loss_at(points, compute)) is not None]
+    losses = [
+        loss
+        for points in curves
+        if (loss := loss_at([Scored.on_one_text(point) for point in points], compute)) is not None
+    ]
     if len(losses) < len(curves):
         return "not reached"
     return f"{sum(losses) / len(losses):.4f} [{min(losses):.4f}, {max(losses):.4f}]"

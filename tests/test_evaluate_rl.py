@@ -13,10 +13,11 @@ import pytest
 
 import evaluate_rl
 from envs import RoutingVecEnv, Step
-from evaluate_rl import Context, EvaluationConfig, Family, evaluation_context, fixed_points
+from evaluate_rl import Context, EvaluationConfig, evaluation_context, fixed_points
 from evaluation import Interval, Point
 from evaluation.checks import Check
 from evaluation.report import load_evaluation
+from families import Family
 from moe_backbone import MoETransformer, NativeRouter
 from moe_backbone.corpus import Corpus
 from policies.routing_ppo import RoutingPPO
