@@ -72,9 +72,8 @@ class DQNSettings:
     """Episodes between two copies to the target network."""
     learning_rate: float = 1e-3
     """Of Adam at the start; falls linearly to 3 % of it."""
-    exploration: tuple[float, float] = (0.2, 0.05)
-    """Chance of random counts at a site at the start, and from the first third on. SB3 draws once for all lanes, so
-    more would leave no episode with one random site."""
+    exploration: tuple[float, float] = (0.5, 0.1)
+    """Chance of random counts at a site at the start, and from the first third on; SB3 draws once for all lanes."""
 
 
 @dataclass(frozen=True, kw_only=True)
