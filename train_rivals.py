@@ -17,7 +17,6 @@ import numpy as np
 from stable_baselines3 import A2C, DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import VecEnvWrapper
 from tqdm import tqdm
 
 from envs import CorpusSource, RoutingVecEnv
@@ -72,33 +71,10 @@ class DQNSettings:
     """Episodes of all sequences that the replay buffer holds."""
     target_episodes: int = 2
     """Episodes between two copies to the target network."""
-    reward_scale: float = 0.1
-    """What rewards are multiplied with, see `ScaledReward`."""
     learning_rate: float = 1e-4
     """Of Adam at the start; falls linearly to 3 % of it."""
     exploration: tuple[float, float] = (0.5, 0.1)
     """Chance of random counts at a site at the start, and from the first third on; SB3 draws once for all lanes."""
-
-
-class ScaledReward(VecEnvWrapper):
-    """Rewards times `scale`.
-
-    DQN's Huber loss takes errors beyond 1 by their size alone, and so fits a median: where a few tokens lose several
-    nats, it would promise too much. Scaled down, errors are squared and the fit is a mean.
-    """
-
-    def __init__(self, env: RoutingVecEnv, scale: float) -> None:
-        super().__init__(env)
-        self.scale = scale
-
-    def reset(self) -> np.ndarray:
-        """As the environment does."""
-        return self.venv.reset()  # type: ignore[return-value]
-
-    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
-        """As the environment does, but for the rewards."""
-        observation, rewards, dones, infos = self.venv.step_wait()
-        return observation, self.scale * rewards, dones, infos  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +272,7 @@ def _dqn(job: Job) -> list[RivalPoint]:
         episode = env.num_envs * env.num_sites
         model = DQN(
             CountQPolicy,
-            ScaledReward(env, settings.reward_scale),
+            env,
             learning_rate=_falling(settings.learning_rate),
             buffer_size=settings.buffer_episodes * episode,
             learning_starts=episode,
