@@ -71,7 +71,7 @@ class DQNSettings:
     """Episodes of all sequences that the replay buffer holds."""
     target_episodes: int = 2
     """Episodes between two copies to the target network."""
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-3
     """Of Adam at the start; falls linearly to 3 % of it."""
     exploration: tuple[float, float] = (0.5, 0.1)
     """Chance of random counts at a site at the start, and from the first third on; SB3 draws once for all lanes."""
