@@ -44,7 +44,7 @@ from evaluation.headroom import HeadroomPoint, oracle_headroom
 from evaluation.html_report import run_provenance, write_html_report
 from evaluation.profile import profile_split
 from evaluation.showcase import showcase
-from families import FAMILIES
+from families import FAMILIES, native_control
 from moe_backbone import MoETransformer, NativeRouter
 from moe_backbone.checks import require_at_least
 from moe_backbone.corpus import Corpus
@@ -199,6 +199,7 @@ def evaluate(context: Context, learned: Mapping[int, LinearRouter]) -> Evaluatio
         scored=scored,
         bounds=frozenset(bounds),
         checks=checks,
+        control=native_control(context),
         headroom=_headroom(context) if context.config.wants(ORACLE, trained=True) else [],
     )
 

@@ -108,6 +108,19 @@ def smaller_native(context: Context) -> list[PointSpec]:
     return list(specs)  # type: ignore[arg-type]
 
 
+def native_control(context: Context) -> Point | None:
+    """Native routing of the backbone that was trained on as long without a router; None if none was trained on."""
+    from training_run import tuned_natively
+
+    config, held_out = run_config(context), context.held_out
+    if not config.adapt_backbone:
+        return None
+    device = str(next(context.backbone.parameters()).device)
+    backbone = tuned_natively(config, context.corpus, device)
+    own = Evaluator(backbone, held_out.split, max_tokens=held_out.num_tokens, device=device).native
+    return replace(own, router="native-fine-tuned", native_documents=held_out.native.documents)
+
+
 FAMILIES: list[Family] = [
     *(
         Family(name=name, make=partial(trained_rivals, name))

@@ -20,10 +20,10 @@ from stable_baselines3.common.utils import LinearSchedule
 from envs import CorpusSource, RoutingMDP, RoutingVecEnv
 from evaluate_rl import LearnedPoint, evaluate, evaluation_context, write_report
 from evaluation import Evaluator, Scored, loss_at, tradeoff_figure, usage_figure
-from moe_backbone import MoETransformer
+from moe_backbone import MoETransformer, NativeRouter
 from moe_backbone.corpus import Corpus
 from moe_backbone.files import write_atomic
-from moe_backbone.pretrain import PretrainConfig, fine_tune, load_or_train
+from moe_backbone.pretrain import PretrainConfig, backbone_key, cache_folder, fine_tune, load_or_train
 from policies.calibration import Calibration, calibrate
 from policies.callbacks import GateSteps, PeriodicEvaluation, PeriodicSave, ProgressBar, RoutingMetrics
 from policies.cost_limit import SPREAD, CostLimit
@@ -278,11 +278,20 @@ def adapt(config: TrainConfig, folder: Path, first: Run) -> Run:
 def adaptation_settings(config: TrainConfig) -> PretrainConfig:
     """How the backbone is trained on: twice the sequences of a step, a third of the learning rate."""
     return replace(
-        config.pretrain,
+        config.pretraining,
         steps=config.adapt_backbone,
         sequences=2 * config.pretrain.sequences,
         learning_rate=config.pretrain.learning_rate / 3,
     )
+
+
+def tuned_natively(config: TrainConfig, corpus: Corpus, device: str) -> MoETransformer:
+    """The run's backbone, trained on as long as an adapted one under native routing: what that must be held against."""
+    key = backbone_key(corpus, config.backbone, config.pretraining)
+    path = cache_folder() / f"tuned-{key}-{config.adapt_backbone}.safetensors"
+    logger.info("backbone: training on as long under native routing, for comparison; kept at %s", path)
+    start, settings = load_backbone(config, corpus, device), adaptation_settings(config)
+    return fine_tune(path, corpus, start, settings, lambda generator: NativeRouter(), device)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from evaluation.evaluator import Evaluator
 from evaluation.intervals import Interval
 from evaluation.points import Point
 from evaluation.results import Evaluation
+from evaluation.summary import compute_at_accuracy
 from moe_backbone.files import write_text_atomic
 
 SCHEMA = 1
@@ -65,6 +66,7 @@ def build_evaluation(
         "summary": evaluation.summary,
         "comparisons": [comparison.to_json() for comparison in evaluation.comparisons],
         "checks": [check.to_json() for check in evaluation.checks],
+        "control": None if evaluation.control is None else evaluation.control.to_json(),
         "oracle": [point.to_json() for point in evaluation.headroom],
     }
 
@@ -115,7 +117,24 @@ def report_parts(evaluation: Evaluation) -> Iterator[Table | str]:
         yield rivals_table(comparisons, "log_likelihood")
         yield rivals_table(comparisons, "accuracy")
         yield comparison_table(comparisons)
+    if evaluation.control is not None:
+        yield control_line(evaluation)
     yield "\n".join(check_lines(evaluation.checks))
+
+
+def control_line(evaluation: Evaluation) -> str:
+    """What an adapted backbone must be held against, and the compute that keeps 99 % of the better native accuracy."""
+    native, control = evaluation.held_out.native, evaluation.control
+    assert control is not None
+    best = max(native.accuracy, control.accuracy)
+    line = (
+        f"Backbone trained on as long under native routing: loss {control.loss:.4f}, accuracy {control.accuracy:.4f}."
+    )
+    reached = [compute_at_accuracy(curve, 0.99 * best / native.accuracy) for curve in evaluation.curves["learned"]]
+    kept = [compute for compute in reached if compute is not None]
+    if not kept or len(kept) < len(reached):
+        return f"{line} {0.99 * best:.4f}, out of the learned router's reach."
+    return f"{line} {0.99 * best:.4f}; the learned router keeps it from compute {sum(kept) / len(kept):.3f} on."
 
 
 def tradeoff_table(

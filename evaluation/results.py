@@ -11,6 +11,7 @@ from evaluation.compare import COMPUTES, Comparison, best_others, compare
 from evaluation.curves import Curve, Scored, group_curves
 from evaluation.evaluator import Evaluator, PointSpec
 from evaluation.headroom import HeadroomPoint
+from evaluation.points import Point
 from evaluation.summary import summarize
 
 
@@ -30,6 +31,9 @@ class Evaluation:
     """Routers that can't be the best other one."""
     checks: list[Check]
     """A/A: what must come out equal."""
+    control: Point | None = None
+    """Native routing of a backbone that was trained on as long as this one, but without a router; None if it was not
+    trained on."""
     headroom: list[HeadroomPoint] = field(default_factory=list)
     """What an oracle reaches on sampled tokens; empty where it was not asked for."""
 

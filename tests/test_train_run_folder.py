@@ -76,7 +76,7 @@ def test_run_folder_says_how_it_was_made(tiny_run: Any, finished: Path) -> None:
 def test_evaluation_follows_the_schema(tiny_run: Any, finished: Path) -> None:
     """Schema 1: native first, the learned router once a price with its seed and its own cost, on the test part."""
     content = load_evaluation(finished / "evaluation.json")
-    assert set(content) == KEYS | {"comparisons", "checks", "oracle"}
+    assert set(content) == KEYS | {"comparisons", "checks", "oracle", "control"}
     assert content["corpus"]["split"] == "test"
     assert content["corpus"]["documents"] >= 2
     assert len(content["backbone"]["sites"]) == tiny_run.num_sites

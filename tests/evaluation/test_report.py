@@ -60,7 +60,7 @@ def evaluation(evaluator, selection):
 
 def test_schema_has_exactly_the_agreed_keys(evaluation):
     assert set(evaluation) == {
-        *("schema", "corpus", "backbone", "native", "points", "summary", "comparisons", "checks", "oracle"),
+        *("schema", "corpus", "backbone", "native", "points", "summary", "comparisons", "checks", "oracle", "control"),
     }
     assert set(evaluation["corpus"]) == {"name", "split", "tokens", "documents", "selection"}
     assert (evaluation["corpus"]["split"], evaluation["corpus"]["selection"]["split"]) == ("test", "train")
