@@ -176,7 +176,9 @@ def test_only_all_or_a_name_asks_for_families_that_train(monkeypatch: pytest.Mon
         for config in [EvaluationConfig(routers=names)]
     }
     assert wanted == {(): ["top-k"], ("all",): ["top-k", "fake"], ("top",): ["top-k"], ("fa",): ["fake"]}
-    with pytest.raises(ValueError, match=r"routers must name some of top-k .* fake small, or be all, got nonsense"):
+    with pytest.raises(
+        ValueError, match=r"routers must name some of top-k .* fake small oracle, or be all, got nonsense"
+    ):
         EvaluationConfig(routers=("nonsense",))
 
 

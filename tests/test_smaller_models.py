@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evaluation import Evaluator, compare
+from evaluation import Evaluator, Scored, compare
 from moe_backbone import BackboneConfig, token_log_likelihood
 from moe_backbone.pretrain import PretrainConfig, load_or_train
 from smaller_models import relative_compute, score_smaller_model, smaller_models
@@ -70,6 +70,12 @@ def test_points_are_the_models_own_loss_on_the_same_windows(scored, tiny_config,
 def test_points_stand_in_curves_beside_routers(scored):
     evaluator, points = scored
     assert all(np.array_equal(point.documents.tokens, evaluator.native.documents.tokens) for point in points)
-    (row,) = compare([evaluator.native], {"smaller-native": points}, [1.0])
+    curves = {
+        "learned": [[Scored.on_one_text(evaluator.native)]],
+        "smaller-native": [[Scored.on_one_text(point) for point in points]],
+    }
+    rows = compare(curves, [1.0])
+    assert {row.rival for row in rows} == {"smaller-native"}
+    (row,) = [row for row in rows if row.quantity == "log_likelihood"]
     best = max(point.log_likelihood for point in points)
-    assert row.difference.mean == pytest.approx(evaluator.native.log_likelihood - best)
+    assert row.gain.difference.mean == pytest.approx(evaluator.native.log_likelihood - best)

@@ -159,8 +159,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list": (lambda folder: (folder / DESCRIPTION).write_text("[1, 2]"), "must hold readable"),
     "binary description": (lambda folder: (folder / DESCRIPTION).write_bytes(b"\xff\xfe\x00"), "must hold readable"),
     "other format": (
-        lambda folder: _rewrite(folder, lambda text: text.update(format=2)),
-        "router format must be 1, got 2",
+        lambda folder: _rewrite(folder, lambda text: text.update(format=3)),
+        "router format must lie in [1, 2], got 3",
     ),
     "no format": (lambda folder: _rewrite(folder, lambda text: text.pop("format")), "must hold readable"),
     "no hash": (lambda folder: _rewrite(folder, lambda text: text.pop("backbone_sha256")), "must hold readable"),
