@@ -56,7 +56,10 @@ def read_config(folder: Path, kind: type[Config]) -> Config:
     """
     path = folder / "config.json"
     try:
-        return _build(kind, json.loads(path.read_text(encoding="utf-8")))
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not data:
+            raise KeyError("no settings")
+        return _build(kind, data)
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
         raise ValueError(f"run folder must hold the config.json of a training run, got {folder}: {error}") from None
 

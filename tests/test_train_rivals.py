@@ -15,9 +15,12 @@ from evaluation import Evaluator
 from moe_backbone import BackboneConfig, MoETransformer
 from moe_backbone.corpus import Corpus
 from policies.ada_k import AdaKConfig
+from policies.gating import GateTrainer, GatingConfig
 from train_rivals import RIVALS, DQNSettings, OnPolicySettings, RivalPoint, RivalSettings
 
 SETTINGS = RivalSettings(
+    gating=GatingConfig(steps=3, num_sequences=2),
+    gating_l0=GatingConfig(steps=3, num_sequences=2, relaxation="hard_concrete"),
     cost_weights=(0.0, 10.0),
     ada_k=AdaKConfig(warm_updates=2, updates=3, batch_size=16),
     ada_k_sequences=2,
@@ -32,7 +35,7 @@ Train = Callable[..., list[RivalPoint]]
 @pytest.fixture
 def train(tiny_config: BackboneConfig, tiny_backbone: MoETransformer, tiny_corpus: Corpus, tmp_path: Path) -> Train:
     """Train a rival in one run folder, in less than a second."""
-    from train_rl import TrainConfig
+    from training_config import TrainConfig
 
     config = TrainConfig(backbone=tiny_config)
     config = replace(config, evaluation=replace(config.evaluation, num_prices=NUM_PRICES))
@@ -71,6 +74,7 @@ def test_second_call_finds_the_same_routers(
 
     monkeypatch.setattr(train_rivals, "_learn", refuse)
     monkeypatch.setattr(train_rivals.AdaK, "learn", refuse)
+    monkeypatch.setattr(GateTrainer, "train", refuse)
     second = train(name)
     assert [point.setting for point in second] == [point.setting for point in first]
     pairs = zip(*(_chosen(points, tiny_backbone, tiny_tokens) for points in (first, second)), strict=True)
