@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # both know the evaluation, which knows this
     from evaluate_rl import Context
     from training_config import TrainConfig
 
-COMPENSATED = "greedy+compensation"
+COMPENSATED = "greedy+constants"
 COMPENSATION_TOKENS = 400_000
 """Training tokens that the compensation of greedy search is fitted on."""
 
