@@ -59,6 +59,8 @@ def load_run(folder: Path, device: str) -> tuple[TrainConfig, Corpus, MoETransfo
     config = read_config(folder, TrainConfig)
     corpus, backbone = load_parts(config, device)
     if config.adapt_backbone:
+        if not (folder / ADAPTED).exists():
+            raise ValueError(f"run must have adapted its backbone (go on with --resume), got no {ADAPTED} in {folder}")
         backbone.load_state_dict(load_file(folder / ADAPTED))
     return config, corpus, backbone
 
