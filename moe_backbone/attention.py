@@ -180,7 +180,8 @@ class Attention(nn.Module):
             for part in linear(hidden, self.key_value, outputs_first=False).chunk(2, dim=2)
         )
         keys = rotate(keys, rotation)
-        if state.cache is not None:
+        if state.cache is not None:  # of any kind with this `extend`; `begin` refuses one of the other head meaning
+            assert not isinstance(state.cache, KeptCache)
             keys, values = state.cache.extend(state.site_index // 2, keys, values)
         return head_attention(hidden, weights, subset, self.query, keys, values, self.output, rotation, backend)
 
