@@ -127,9 +127,8 @@ def control_line(evaluation: Evaluation) -> str:
     native, control = evaluation.held_out.native, evaluation.control
     assert control is not None
     best = max(native.accuracy, control.accuracy)
-    line = (
-        f"Backbone trained on as long under native routing: loss {control.loss:.4f}, accuracy {control.accuracy:.4f}."
-    )
+    scores = f"loss {control.loss:.4f}, accuracy {control.accuracy:.4f}"
+    line = f"Backbone trained on as long under native routing: {scores}.\n99% of the better native accuracy is"
     reached = [compute_at_accuracy(curve, 0.99 * best / native.accuracy) for curve in evaluation.curves["learned"]]
     kept = [compute for compute in reached if compute is not None]
     if not kept or len(kept) < len(reached):
