@@ -51,7 +51,7 @@ def switch_experts(
             turned = compensation(turned, count + sign.squeeze(2).long())
             update = compensation(update, count.squeeze(1))
         change = sign * (turned - update.unsqueeze(1))
-    return torch.einsum("nu,nud->nd", switch - switch.detach(), change)
+    return torch.einsum("ij,ijk->ik", switch - switch.detach(), change)
 
 
 def _turned(layer: ExpertLayer, rows: Tensor, scores: Tensor, on: Tensor, sign: Tensor, update: Tensor) -> Tensor:
