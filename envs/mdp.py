@@ -70,6 +70,8 @@ class RoutingMDP:
     ) -> None:
         if num_sequences < 1:
             raise ValueError(f"num_sequences must be at least 1, got {num_sequences}")
+        meaning = getattr(backbone, "head_meaning", "query")
+        require(meaning == "query", f"head_meaning must be query, as later keys are not priced yet, got {meaning}")
         self.backbone, self.source, self.config = backbone, source, config
         self.num_sequences = num_sequences
         self.device = next(backbone.parameters()).device

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from gymnasium.error import InvalidAction, ResetNeeded
 
-from envs import EnvConfig, RoutingEnv, RoutingVecEnv, RoutingVectorEnv
+from envs import EnvConfig, RoutingEnv, RoutingMDP, RoutingVecEnv, RoutingVectorEnv, TokenSource
+from moe_backbone import MoETransformer
 
 SEED = 3
 NUM_SITES, MAX_UNITS, SEQ_LEN = 4, 4, 8
@@ -146,3 +147,12 @@ def test_step_needs_a_reset(
         env.step(ALL_UNITS[0])
     env.reset()
     env.step(ALL_UNITS[0])
+
+
+def test_heads_that_drop_keys_are_refused(backbone: MoETransformer, source: TokenSource) -> None:
+    """What later tokens save by it would be charged all the same."""
+    with (
+        backbone.using(head_meaning="query_key_value"),
+        pytest.raises(ValueError, match="head_meaning must be query, .* got query_key_value"),
+    ):
+        RoutingMDP(backbone, source, EnvConfig())
