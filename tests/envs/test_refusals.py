@@ -153,6 +153,6 @@ def test_heads_that_drop_keys_are_refused(backbone: MoETransformer, source: Toke
     """What later tokens save by it would be charged all the same."""
     with (
         backbone.using(head_meaning="query_key_value"),
-        pytest.raises(ValueError, match="head_meaning must be query, .* got query_key_value"),
+        pytest.raises(ValueError, match=r"head_meaning must be query, .* got query_key_value"),
     ):
         RoutingMDP(backbone, source, EnvConfig())
