@@ -7,12 +7,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_file
-
 from evaluation import Evaluator, Point, PointSpec
 from moe_backbone.compensation import Compensation
-from moe_backbone.files import write_atomic
 from policies.compensated import CompensatedRouter, fit_compensation
+from policies.tied_files import DESCRIPTION, load_tied, save_tied
 from run_folder import read_config
 from smaller_models import FAMILY, SmallerModel, score_smaller_model, smaller_models
 
@@ -85,15 +83,15 @@ def compensated_greedy(context: Context) -> list[PointSpec]:
     backbone, corpus = context.backbone, context.corpus
     points = greedy_points(backbone, corpus, *context.training_windows)[1:]
     device = next(backbone.parameters()).device
+    kept, asked = context.folder / "rivals" / COMPENSATED, {"greedy_tokens": context.config.greedy_tokens}
+    spec, weights = load_tied(kept, backbone, COMPENSATED) if (kept / DESCRIPTION).exists() else ({}, {})
     compensation = Compensation(backbone.sites, backbone.hidden_size)
-    kept = context.folder / "rivals" / f"{COMPENSATED}-{backbone.sha256()[:12]}.safetensors"
-    if kept.exists():
-        compensation.load_state_dict(load_file(kept))
+    if spec == asked:
+        compensation.load_state_dict(weights)
     else:
         tokens = corpus.train.windows(backbone.config.seq_len, COMPENSATION_TOKENS)[0].to(device)
         compensation = fit_compensation(backbone, [point.router for point in points], tokens)
-        weights = {name: weight.cpu().contiguous() for name, weight in compensation.state_dict().items()}
-        write_atomic(kept, lambda path: save_file(weights, path))
+        save_tied(kept, backbone, COMPENSATED, asked, compensation.state_dict())
     compensation = compensation.requires_grad_(False).to(device)
     return [
         FixedPoint(COMPENSATED, {"step": step}, CompensatedRouter(point.router, compensation))

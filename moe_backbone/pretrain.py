@@ -144,15 +144,22 @@ def load_or_train(
         The backbone in evaluation mode, frozen, on `device`.
     """
     path = cache_folder() / f"backbone-{backbone_key(corpus, config, pretrain)}.safetensors"
+    logger.info("backbone: %s%s", "" if path.exists() else "training once, then kept at ", path)
+    return _train_once(path, config, lambda partial: Pretraining(corpus, config, pretrain, device, partial), device)
+
+
+def _train_once(
+    path: Path, config: BackboneConfig, begin: Callable[[Path], Pretraining], device: str
+) -> MoETransformer:
+    """The backbone kept at `path`, frozen on `device`; trained first if it is not there, from where it was stopped."""
     backbone = MoETransformer(config)
     if path.exists():
-        logger.info("backbone: %s", path)
         backbone.load_state_dict(load_file(path))
     else:
-        logger.info("backbone: training once, then kept at %s", path)
-        backbone = Pretraining(corpus, config, pretrain, device, path.with_suffix(".partial")).run()
+        partial = path.with_suffix(".partial")
+        backbone = begin(partial).run()
         write_atomic(path, lambda temporary: save_file(backbone.cpu().state_dict(), temporary))
-        path.with_suffix(".partial").unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     return backbone.requires_grad_(False).eval().to(device)
 
 
@@ -301,15 +308,9 @@ def fine_tune(
     Returns:
         The backbone in evaluation mode, frozen, on `device`.
     """
-    backbone = MoETransformer(start.config)
-    if path.exists():
-        backbone.load_state_dict(load_file(path))
-    else:
-        partial = path.with_suffix(".partial")
-        backbone = FineTuning(corpus, start, settings, make_router, device, partial).run()
-        write_atomic(path, lambda temporary: save_file(backbone.cpu().state_dict(), temporary))
-        partial.unlink(missing_ok=True)
-    return backbone.requires_grad_(False).eval().to(device)
+    return _train_once(
+        path, start.config, lambda partial: FineTuning(corpus, start, settings, make_router, device, partial), device
+    )
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
