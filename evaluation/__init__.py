@@ -15,7 +15,7 @@ from evaluation.curves import (
     loss_at,
     scores_along,
 )
-from evaluation.evaluator import Evaluator, PointSpec, evaluate_all
+from evaluation.evaluator import Evaluator, PointSpec
 from evaluation.intervals import (
     DocumentSums,
     Interval,
@@ -68,7 +68,6 @@ __all__ = [
     "compare",
     "comparison_table",
     "compute_at_accuracy",
-    "evaluate_all",
     "frontier",
     "gain",
     "group_curves",

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from evaluation.intervals import DocumentSums, FloatArray
 from evaluation.points import Point
@@ -160,16 +158,6 @@ class Evaluator:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
-
-
-def evaluate_all(evaluator: Evaluator, points: Sequence[PointSpec]) -> list[Point]:
-    """Score every router, in order, behind a progress bar that shows the time left."""
-    scored = []
-    for spec in (bar := tqdm(points, desc="evaluating", unit="point", disable=None)):
-        bar.set_postfix_str(spec.name)
-        price, seed = getattr(spec, "price", 0.0), getattr(spec, "seed", None)
-        scored.append(evaluator.score(spec.name, spec.router, setting=spec.setting, price=price, seed=seed))
-    return scored
 
 
 def _never_masked(backbone: Backbone) -> AbstractContextManager[None]:

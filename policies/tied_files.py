@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -15,12 +15,65 @@ from moe_backbone.checks import require
 from moe_backbone.files import write_atomic, write_text_atomic
 from moe_backbone.sites import Backbone
 
+Parsed = TypeVar("Parsed")
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "router.safetensors", "router.json"
 
 
+def write_files(folder: Path, description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Write both files, each whole or not at all; makes the folder if it is not there.
+
+    Args:
+        folder: Where they go.
+        description: JSON values.
+        weights: By name.
+    """
+    tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    write_atomic(folder / WEIGHTS, lambda path: save_file(tensors, path))
+    write_text_atomic(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
+
+
+def read_files(folder: Path, parse: Callable[[dict[str, Any]], Parsed]) -> tuple[Parsed, dict[str, Tensor]]:
+    """Read both files.
+
+    Args:
+        folder: Where they lie.
+        parse: Makes something of the description; whatever it stumbles over is damage.
+
+    Raises:
+        ValueError: If they are missing or damaged.
+    """
+    try:
+        return parse(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))), load_file(folder / WEIGHTS)
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise ValueError(
+            f"router folder must hold readable {WEIGHTS} and {DESCRIPTION}, got {folder}: {error}"
+        ) from None
+
+
+def check_made_for(made_for: str, backbone: Backbone) -> None:
+    """Refuse what was made for another backbone.
+
+    Raises:
+        ValueError: If the hashes differ.
+    """
+    actual = backbone.sha256()
+    message = f"router must be made for this backbone (sha256 {actual[:12]}), got one for {made_for[:12]}"
+    require(made_for == actual, message)
+
+
+def check_finite(weights: Iterable[Tensor], folder: Path) -> None:
+    """Refuse weights that no training leaves.
+
+    Raises:
+        ValueError: If one is NaN or infinite.
+    """
+    finite = all(weight.isfinite().all() for weight in weights)
+    require(finite, f"router weights must be finite, got NaN or infinity in {folder / WEIGHTS}")
+
+
 def save_tied(folder: Path, backbone: Backbone, kind: str, spec: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Write both files, each whole or not at all.
+    """Write both files with what they were made for.
 
     Args:
         folder: Made if it is not there.
@@ -29,10 +82,7 @@ def save_tied(folder: Path, backbone: Backbone, kind: str, spec: dict[str, Any],
         spec: JSON values.
         weights: By name.
     """
-    tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-    write_atomic(folder / WEIGHTS, lambda path: save_file(tensors, path))
-    description = {"format": FORMAT, "kind": kind, "backbone_sha256": backbone.sha256(), "router": spec}
-    write_text_atomic(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
+    write_files(folder, {"format": FORMAT, "kind": kind, "backbone_sha256": backbone.sha256(), "router": spec}, weights)
 
 
 def load_tied(folder: Path, backbone: Backbone, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -42,19 +92,15 @@ def load_tied(folder: Path, backbone: Backbone, kind: str) -> tuple[dict[str, An
         ValueError: If the files are missing, damaged, of another format or kind, not finite, or made for another
             backbone.
     """
-    try:
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        weights = load_file(folder / WEIGHTS)
-        made = (description["format"], description["kind"])
-        spec, made_for = dict(description["router"]), str(description["backbone_sha256"])
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise ValueError(
-            f"router folder must hold readable {WEIGHTS} and {DESCRIPTION}, got {folder}: {error}"
-        ) from None
+
+    def parse(description: dict[str, Any]) -> tuple[tuple[Any, Any], dict[str, Any], str]:
+        spec = description["router"]
+        if not isinstance(spec, dict):
+            raise TypeError(f"{spec!r} is no specification")
+        return (description["format"], description["kind"]), spec, str(description["backbone_sha256"])
+
+    (made, spec, made_for), weights = read_files(folder, parse)
     require(made == (FORMAT, kind), f"router must be {kind} of format {FORMAT}, got {made} in {folder}")
-    actual = backbone.sha256()
-    message = f"router must be made for this backbone (sha256 {actual[:12]}), got one for {made_for[:12]}"
-    require(made_for == actual, message)
-    finite = all(weight.isfinite().all() for weight in weights.values())
-    require(finite, f"router weights must be finite, got NaN or infinity in {folder / WEIGHTS}")
+    check_made_for(made_for, backbone)
+    check_finite(weights.values(), folder)
     return spec, weights

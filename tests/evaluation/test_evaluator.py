@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import Evaluator, Interval, evaluate_all
+from evaluation import Evaluator, Interval, score_all
 from moe_backbone import NativeRouter, best_units, fixed_flops, token_log_likelihood
 
 
@@ -99,15 +99,13 @@ def test_backend_is_restored(evaluator, tiny_backbone):
     assert tiny_backbone.backend == "auto"
 
 
-def test_evaluate_all_passes_price_and_seed(evaluator):
+def test_score_all_passes_price_and_seed(evaluator):
     cheap, dear = CountRouter(1), CountRouter(2)
-    points = evaluate_all(
-        evaluator,
-        [
-            SimpleNamespace(name="plain", setting={"count": 1}, router=cheap),
-            SimpleNamespace(name="learned", setting={"price": 0.5}, router=dear, price=0.5, seed=7),
-        ],
-    )
+    specs = [
+        SimpleNamespace(name="plain", setting={"count": 1}, router=cheap),
+        SimpleNamespace(name="learned", setting={"price": 0.5}, router=dear, price=0.5, seed=7),
+    ]
+    points = [scored.held_out for scored in score_all(specs, evaluator, evaluator)]
     assert [(point.router, point.setting, point.seed) for point in points] == [
         ("plain", {"count": 1}, None),
         ("learned", {"price": 0.5}, 7),

@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from evaluation import Evaluator, Point, evaluate_all, usage_figure
+from evaluation import Evaluator, Point, score_all, usage_figure
 from evaluation.html_report import write_html_report
 from evaluation.profile import Profile, profile_points
 from evaluation.showcase import showcase
@@ -143,7 +143,7 @@ def write_page(evaluator: Evaluator, tiny_backbone: MoETransformer, nasty_tokens
             for name in ("plain", *(["learned"] if learned else []))
             for count in (1, 2)
         ]
-        points = evaluate_all(evaluator, specs)
+        points = [scored.held_out for scored in score_all(specs, evaluator, evaluator)]
         evaluation = content([evaluator.native, *points]) | changes.pop("evaluation", {})
         shown = showcase(specs, points)
         tokens, targets = evaluator.split.windows(16, 160)[:2]
