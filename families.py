@@ -122,7 +122,7 @@ def native_control(context: Context) -> Point | None:
 FAMILIES: list[Family] = [
     *(
         Family(name=name, make=partial(trained_rivals, name))
-        for name in ("gating", "gating-l0", "ada-k", "a2c", "reinforce", "dqn")
+        for name in ("gating", "l0-gating", "ada-k", "a2c", "reinforce", "dqn")
     ),
     Family(name=COMPENSATED, make=compensated_greedy),
     Family(name=FAMILY, make=smaller_native, rival=False),

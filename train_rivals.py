@@ -329,7 +329,7 @@ def _gating(job: Job, settings: GatingConfig) -> list[RivalPoint]:
 
 _LEARNERS: dict[str, Callable[[Job], list[RivalPoint]]] = {
     "gating": lambda job: _gating(job, job.settings.gating),
-    "gating-l0": lambda job: _gating(job, job.settings.gating_l0),
+    "l0-gating": lambda job: _gating(job, job.settings.gating_l0),
     "ada-k": _ada_k,
     "a2c": lambda job: _on_policy(job, job.settings.a2c),
     "reinforce": lambda job: _on_policy(job, job.settings.reinforce),

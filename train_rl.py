@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 import tyro
-from safetensors.torch import load_file
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from moe_backbone import MoETransformer
 from moe_backbone.corpus import Corpus, load_corpus
+from moe_backbone.pretrain import load_weights
 from run_folder import describe_run, new_run_folder, read_config
 from training_config import PRESETS, TrainConfig
 from training_run import ADAPTED, Run, adapt, load_backbone
@@ -61,7 +61,7 @@ def load_run(folder: Path, device: str) -> tuple[TrainConfig, Corpus, MoETransfo
     if config.adapt_backbone:
         if not (folder / ADAPTED).exists():
             raise ValueError(f"run must have adapted its backbone (go on with --resume), got no {ADAPTED} in {folder}")
-        backbone.load_state_dict(load_file(folder / ADAPTED))
+        load_weights(backbone, folder / ADAPTED)
     return config, corpus, backbone
 
 

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import os
+import pickle
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError
+
+Read = TypeVar("Read")
+DAMAGE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError)
+"""What readers of weights raise at files that are cut off, overwritten or of another program."""
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -36,3 +44,21 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 def write_text_atomic(path: Path, text: str) -> None:
     """Write text through a temporary file."""
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_whole(path: Path, what: str, read: Callable[[Path], Read]) -> Read:
+    """Read a file that can be made anew.
+
+    Args:
+        path: Where it lies.
+        what: Its name in the message.
+        read: Called with the path.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        return read(path)
+    except DAMAGE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{what} must be whole (delete it to make it anew), got {path}: {reason}") from None

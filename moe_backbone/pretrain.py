@@ -21,7 +21,7 @@ from tqdm import tqdm
 from moe_backbone.checks import require_at_least
 from moe_backbone.config import BackboneConfig
 from moe_backbone.corpus import Corpus, Split
-from moe_backbone.files import write_atomic
+from moe_backbone.files import read_whole, write_atomic
 from moe_backbone.quality import token_log_likelihood
 from moe_backbone.sites import NativeRouter, Router, SiteView, best_units
 from moe_backbone.transformer import MoETransformer, balance_loss
@@ -154,13 +154,22 @@ def _train_once(
     """The backbone kept at `path`, frozen on `device`; trained first if it is not there, from where it was stopped."""
     backbone = MoETransformer(config)
     if path.exists():
-        backbone.load_state_dict(load_file(path))
+        load_weights(backbone, path)
     else:
         partial = path.with_suffix(".partial")
         backbone = begin(partial).run()
         write_atomic(path, lambda temporary: save_file(backbone.cpu().state_dict(), temporary))
         partial.unlink(missing_ok=True)
     return backbone.requires_grad_(False).eval().to(device)
+
+
+def load_weights(backbone: MoETransformer, path: Path) -> None:
+    """Give a backbone the weights of a `.safetensors` file.
+
+    Raises:
+        ValueError: If it is damaged or of other sizes.
+    """
+    read_whole(path, "backbone", lambda file: backbone.load_state_dict(load_file(file)))
 
 
 class Pretraining:
@@ -189,7 +198,7 @@ class Pretraining:
         self.step, self.best_loss, self.best_step = 0, math.inf, 0
         self.best_weights = self._weights()
         if partial.exists():
-            self._restore()
+            read_whole(partial, "interrupted training", self._restore)
 
     def run(self, report: Callable[[int, float], None] | None = None) -> MoETransformer:
         """Train to the end or until the validation loss stops falling; keep the best weights seen.
@@ -255,8 +264,8 @@ class Pretraining:
         generators = {"batches": json.dumps(self.batches.bit_generator.state), "noise": self.noise.get_state()}
         torch.save(state | generators | {"weights": self._weights(), "optimizer": self.optimizer.state_dict()}, path)
 
-    def _restore(self) -> None:
-        state = torch.load(self.partial, map_location=self.device, weights_only=True)
+    def _restore(self, partial: Path) -> None:
+        state = torch.load(partial, map_location=self.device, weights_only=True)
         for name in ("step", "best_loss", "best_step", "best_weights"):
             setattr(self, name, state[name])
         self.backbone.load_state_dict(state["weights"])

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from moe_backbone.checks import require, require_at_least
 from moe_backbone.compute import ComputeMeter
-from moe_backbone.files import write_atomic
+from moe_backbone.files import read_whole, write_atomic
 from moe_backbone.quality import token_divergence, token_log_likelihood
 from moe_backbone.sites import SiteView
 from policies.linear_router import LinearRouter
@@ -123,7 +123,7 @@ class GateTrainer:
         self.groups = [group for group in (maps, constants) if group]
         self.optimizer = torch.optim.Adam(maps + constants, lr=config.learning_rate, eps=1e-5)
         if checkpoint is not None and checkpoint.exists():
-            self.restore(torch.load(checkpoint, map_location=router.weight.device, weights_only=True))
+            read_whole(checkpoint, "gates", self._read)
 
     def run(self, *, progress: bool = True, stop: Callable[[], bool] = lambda: False) -> bool:
         """Train for the configured steps; False if `stop`, asked before each, ended it, after a checkpoint was kept."""
@@ -214,6 +214,9 @@ class GateTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.generators and state["generators"]:
             self.generators[1](json.loads(state["generators"]))
+
+    def _read(self, checkpoint: Path) -> None:
+        self.restore(torch.load(checkpoint, map_location=self.router.weight.device, weights_only=True))
 
     def _write(self) -> None:
         if self.checkpoint is not None:

@@ -134,6 +134,35 @@ def test_second_call_loads_without_training(
     ]
 
 
+@pytest.mark.parametrize("damage", [b"", b"not a tensor file", "cut"])
+def test_damaged_backbone_is_refused_and_left_alone(
+    tiny_corpus: Corpus, tiny_config: BackboneConfig, cache: Path, damage: bytes | str
+) -> None:
+    """One line that names the file and the way out; training anew by itself would hide that a disk is failing."""
+    load_or_train(tiny_corpus, tiny_config, SETTINGS)
+    (path,) = cache.iterdir()
+    content = path.read_bytes()[:-100] if isinstance(damage, str) else damage
+    path.write_bytes(content)
+    rule = r"backbone must be whole \(delete it to make it anew\), got .*backbone-"
+    with pytest.raises(ValueError, match=rule) as error:
+        load_or_train(tiny_corpus, tiny_config, SETTINGS)
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == content
+
+
+def test_damaged_checkpoint_of_pretraining_is_refused(
+    tiny_corpus: Corpus, tiny_config: BackboneConfig, interrupt: Callable[[], None], cache: Path
+) -> None:
+    """As the trained backbone is."""
+    interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        load_or_train(tiny_corpus, tiny_config, SETTINGS)
+    (path,) = cache.iterdir()
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="interrupted training must be whole"):
+        load_or_train(tiny_corpus, tiny_config, SETTINGS)
+
+
 def test_every_setting_is_part_of_the_key(tiny_corpus: Corpus, tiny_config: BackboneConfig) -> None:
     """Other text, another architecture, another training or another recipe is another backbone."""
     keys = [
