@@ -53,10 +53,24 @@ class ExpertCompensation(nn.Module):
 
     def forward(self, update: Tensor, count: Tensor) -> Tensor:
         """The update (..., hidden_size) of `count` experts, int64 (...)."""
-        count = count.clamp(max=self.native_units)
-        scale = torch.cat((self.scale, self.scale.new_ones(1)))
-        vectors = torch.cat((self.vectors, self.vectors.new_zeros(1, self.vectors.shape[1])))
+        count, scale, vectors = count.clamp(max=self.native_units), *self._extended()
         return torch.addcmul(vectors[count], update, scale[count].unsqueeze(-1))
+
+    def along(self, product: Tensor, count: Tensor, pull: Tensor) -> Tensor:
+        """The result's product with `pull` (num_tokens, hidden_size), from the update's product, same shape as `count`.
+
+        `count` is int64 (num_tokens, ...); no gradient.
+        """
+        scale, vectors = (constant.detach() for constant in self._extended())
+        count = count.clamp(max=self.native_units)
+        return torch.addcmul((pull @ vectors.t()).gather(1, count), product, scale[count])
+
+    def _extended(self) -> tuple[Tensor, Tensor]:
+        """Scale and vectors with those of the native count, which change nothing."""
+        return (
+            torch.cat((self.scale, self.scale.new_ones(1))),
+            torch.cat((self.vectors, self.vectors.new_zeros(1, self.vectors.shape[1]))),
+        )
 
 
 class Compensation(nn.Module):

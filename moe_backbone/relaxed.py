@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -42,28 +42,56 @@ def switch_experts(
     Example: expert outputs 2 and 6 of equal gate probability, the first one on: switching the second on changes 2 to
     4, switching the first off 2 to 0, so the gradients are 2 and 2.
     """
-    with torch.no_grad():
-        on = subset.unsqueeze(2)
-        sign = 1 - 2 * on.to(update.dtype)  # of turning an expert round
-        turned = _turned(layer, rows, scores, on, sign, update.unsqueeze(1))
+    return _Turn.apply(switch, layer, rows.detach(), scores.detach(), subset, update.detach(), compensation)
+
+
+class _Turn(torch.autograd.Function):
+    """Nothing forward; backward what each switch changes along the pull, without making the changes themselves."""
+
+    @staticmethod
+    def forward(ctx: Any, switch: Tensor, *parts: Any) -> Tensor:
+        """Zeros of the update's shape."""
+        ctx.parts = parts
+        return torch.zeros_like(parts[4])
+
+    @staticmethod
+    def backward(ctx: Any, pull: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of the switch (num_tokens, num_experts)."""
+        layer, rows, scores, subset, update, compensation = ctx.parts
+        sign = 1 - 2 * subset.to(update.dtype)  # of turning an expert round
+        before = (pull * update).sum(1, keepdim=True)
+        after = _turned(layer, rows, scores, subset, before, update, pull)
         if compensation is not None:
             count = subset.sum(1, keepdim=True)
-            turned = compensation(turned, count + sign.squeeze(2).long())
-            update = compensation(update, count.squeeze(1))
-        change = sign * (turned - update.unsqueeze(1))
-    return torch.einsum("ij,ijk->ik", switch - switch.detach(), change)
+            after = compensation.along(after, count + sign.long(), pull)
+            before = compensation.along(before, count, pull)
+        return (sign * (after - before), *(None for _ in ctx.parts))
 
 
-def _turned(layer: ExpertLayer, rows: Tensor, scores: Tensor, on: Tensor, sign: Tensor, update: Tensor) -> Tensor:
-    """The mixture with each expert turned round (num_tokens, num_experts, hidden_size); `update` that with none."""
-    outputs, potentials = _all_experts(layer, rows, scores)
+def _turned(
+    layer: ExpertLayer, rows: Tensor, scores: Tensor, subset: Tensor, before: Tensor, update: Tensor, pull: Tensor
+) -> Tensor:
+    """Along `pull`, the mixture with each expert turned round (num_tokens, num_experts); `before` that with none."""
+    hidden, potentials = _hidden(layer, rows), _potentials(layer, scores)
+    lone = _along(layer, hidden, pull.expand(len(hidden), *pull.shape))
+    sign = 1 - 2 * subset.to(update.dtype).unsqueeze(2)
     if layer.mixing == "keep":
-        return update + sign * potentials * outputs
-    total = (potentials * on).sum(1, keepdim=True)
-    alone = on.sum(1, keepdim=True) == on.long()
+        return before + (sign * potentials).squeeze(2) * lone
+    total = (potentials * subset.unsqueeze(2)).sum(1, keepdim=True)
     rest = (total + sign * potentials).clamp_min(torch.finfo(scores.dtype).tiny)
-    turned = update + sign * potentials / rest * (outputs - update)
-    return torch.where(alone, outputs * ~on, turned)
+    share = sign * potentials / rest  # of the expert in the mixture then, negative where it goes
+    if layer.vector is None:
+        moved = share.squeeze(2) * (lone - before)
+    else:  # another share in each dimension
+        pulls = pull.unsqueeze(1) * share
+        moved = _along(layer, hidden, pulls.transpose(0, 1)) - (pulls * update.unsqueeze(1)).sum(2)
+    alone = subset.sum(1, keepdim=True) == subset.long()
+    return torch.where(alone, lone * ~subset, before + moved)
+
+
+def _along(layer: ExpertLayer, hidden: Tensor, pulls: Tensor) -> Tensor:
+    """Output of every expert along its pull (num_experts, num_tokens, hidden_size): (num_tokens, num_experts)."""
+    return (hidden * torch.bmm(pulls, layer.down.transpose(1, 2))).sum(2).t()
 
 
 def mix_partly(layer: ExpertLayer, rows: Tensor, scores: Tensor, switch: Tensor) -> Tensor:
@@ -83,7 +111,8 @@ def mix_partly(layer: ExpertLayer, rows: Tensor, scores: Tensor, switch: Tensor)
 
     Example: expert outputs 2 and 6 of equal gate probability with degrees 1 and .5 give (2 + 3) / 1.5 = 3.33.
     """
-    outputs, potentials = _all_experts(layer, rows, scores)
+    outputs = torch.bmm(_hidden(layer, rows), layer.down).transpose(0, 1)
+    potentials = _potentials(layer, scores)
     weights = switch.unsqueeze(2) * potentials
     mixture = (weights * outputs).sum(1)
     if layer.mixing == "keep":
@@ -92,9 +121,13 @@ def mix_partly(layer: ExpertLayer, rows: Tensor, scores: Tensor, switch: Tensor)
     return anything * mixture / weights.sum(1).clamp_min(torch.finfo(scores.dtype).tiny)
 
 
-def _all_experts(layer: ExpertLayer, rows: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Output of every expert, and what it weighs before renormalisation (num_tokens, num_experts, hidden_size or 1)."""
-    gate, up = torch.matmul(rows, layer.gate_up).chunk(2, dim=2)
-    outputs = torch.bmm(F.silu(gate) * up, layer.down).transpose(0, 1)
+def _hidden(layer: ExpertLayer, rows: Tensor) -> Tensor:
+    """What every expert's down projection gets (num_experts, num_tokens, intermediate_size)."""
+    gate, up = torch.bmm(rows.expand(len(layer.gate_up), *rows.shape), layer.gate_up).chunk(2, dim=2)
+    return F.silu(gate) * up
+
+
+def _potentials(layer: ExpertLayer, scores: Tensor) -> Tensor:
+    """What every expert weighs before renormalisation (num_tokens, num_experts, hidden_size or 1)."""
     potentials = scores.exp().unsqueeze(2)
-    return outputs, potentials if layer.vector is None else potentials * layer.vector.exp()
+    return potentials if layer.vector is None else potentials * layer.vector.exp()
