@@ -19,7 +19,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
 from tqdm import tqdm
 
-from envs import CorpusSource, RoutingVecEnv
+from envs import CorpusSource, EnvConfig, RoutingVecEnv
 from moe_backbone import MoETransformer, Router
 from moe_backbone.corpus import Corpus
 from moe_backbone.files import write_text_atomic
@@ -157,7 +157,7 @@ class Job:
         """
         asked = {"settings": settings, "env": asdict(self.config.env), "corpus": self.corpus.sha256}
         asked, note = json.loads(json.dumps(asked)), self.kept / NOTE
-        if note.exists() and json.loads(note.read_text(encoding="utf-8")) == asked:
+        if note.exists() and _with_defaults(json.loads(note.read_text(encoding="utf-8"))) == asked:
             return
         with tqdm(total=total, desc=self.name, unit="step", disable=None if self.progress else True) as bar:
             train(bar.update)
@@ -173,6 +173,11 @@ class Job:
         prices = np.geomspace(rules.price_low, rules.price_high, self.config.evaluation.num_prices).tolist()
         router = router.to(next(self.backbone.parameters()).device)
         return [self.point(router.at_price(price), {"price": round(price, 6)}) for price in prices]
+
+
+def _with_defaults(note: dict[str, Any]) -> dict[str, Any]:
+    """What a rival was trained with; rules that came later than it have their defaults."""
+    return note | {"env": asdict(EnvConfig()) | note["env"]}
 
 
 def train_rival(

@@ -95,6 +95,7 @@ def build_gates(
         lambda: mdp.draw(generator),
         gating,
         quality=quality,
+        balance_price=config.env.balance_price,
         seed=config.seed,
         generators=generators,
         **kept,

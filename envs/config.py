@@ -25,6 +25,10 @@ class EnvConfig:
     """Lowest price of native compute, nats; drawn log-uniformly for each sequence and shown to the policy."""
     price_high: float = 1.0
     """Highest price; equal to `price_low` for one fixed price."""
+    balance_price: float = 0.0
+    """What an uneven load of the experts costs, nats: at each expert site a lane also pays this times the sum over its
+    chosen units of (num_experts * share of the site's load - 1) / native_units. Means over lanes are this times (mean
+    units / native_units) * CV**2 of the loads, which is 0 where they are even. For vector environments only."""
     action: Literal["subset", "count", "ranked"] = "subset"
     """`subset`: one bit a unit. `count`: how many units, best gate scores first. `ranked`: an ordered list of
     `ranked_units` different units."""
@@ -44,7 +48,7 @@ class EnvConfig:
         if self.price_high < self.price_low:
             raise ValueError(f"price_high must be at least price_low={self.price_low}, got {self.price_high}")
         require_at_least(self, 1, "rollouts_per_sequence", "ranked_units")
-        require_at_least(self, 0, "native_cache_mb")
+        require_at_least(self, 0, "native_cache_mb", "balance_price")
         for name, known in (
             ("quality", ("kl", "log_likelihood", "accuracy")),
             ("credit", ("token", "sequence")),

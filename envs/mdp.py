@@ -1,7 +1,8 @@
 """The routing MDP on batched tensors: the only copy of its rules.
 
 State: a token (a lane) before a routed site. Action: the subset of the site's units that run for it. Transition: the
-site runs. Reward: minus price times compute at every site, plus quality against the native rollout at the last.
+site runs. Reward: minus price times compute at every site, plus quality against the native rollout at the last; by
+option also minus what an uneven load of the experts costs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from envs.token_source import TokenSource
 from moe_backbone import ComputeMeter, MoETransformer, best_units
 from moe_backbone.checks import require, require_price
 from moe_backbone.compensation import Compensation
+from moe_backbone.compute import load_excess
 from moe_backbone.transformer import RoutingState
 
 
@@ -32,11 +34,12 @@ class Step:
 
     Attributes:
         observation: Of the next site, or of the end when `terminated`.
-        reward: `quality - price * cost`.
+        reward: `quality - price * cost`, minus `balance` where it is priced.
         cost: Fraction of native compute that this step spent.
         quality: Zeros before the last site.
         terminated: Whether this was the last site; the same for all lanes.
         truncated: Always False: an episode is never cut off.
+        balance: What the loads of the chosen units cost, nats; None where no balance is priced.
     """
 
     observation: Tensor
@@ -45,6 +48,7 @@ class Step:
     quality: Tensor
     terminated: bool
     truncated: bool = False
+    balance: Tensor | None = None
 
 
 class RoutingMDP:
@@ -176,17 +180,20 @@ class RoutingMDP:
         """
         subset, price = self.decode(action), self.price
         cost = (self._by_sequence(subset.sum(1)) * self._unit_flops / self.meter.native_flops).float().flatten()
+        balance = self.balance(self._rollout.site_index, subset) if self.config.balance_price else None
         self._rollout.advance(subset, self.compensation)
         self.subsets.append(subset)
         terminated = self._rollout.ended
         if terminated:
             gained = self.quality = self._quality()
-            reward = step_reward(price, cost, gained)
+            reward = step_reward(price, cost, gained, balance)
         else:
             gained = torch.zeros_like(cost)
-            reward = step_reward(price, cost, None)
+            reward = step_reward(price, cost, None, balance)
         observation = self._rollout.observation(self.layout)
-        return Step(observation=observation, reward=reward, cost=cost, quality=gained, terminated=terminated)
+        return Step(
+            observation=observation, reward=reward, cost=cost, quality=gained, terminated=terminated, balance=balance
+        )
 
     @property
     def price(self) -> Tensor:
@@ -207,6 +214,45 @@ class RoutingMDP:
     def unit_price(self) -> Tensor:
         """What one unit of the current site costs each lane, nats: price times its compute (num_lanes,), float32."""
         return (self._by_sequence(self.price) * (self._unit_flops / self.meter.native_flops).float()).flatten()
+
+    @property
+    def prices_follow_draws(self) -> bool:
+        """Whether what a unit costs depends on what other lanes do; then `unit_prices` says it, not `unit_price`."""
+        return self.config.balance_price > 0
+
+    def unit_prices(self, action: Tensor) -> Tensor:
+        """What each unit of the current site costs each lane when all lanes act like this, whether it uses it or not.
+
+        Args:
+            action: As `step` takes it.
+
+        Returns:
+            Nats (num_lanes, max_units), float32; zeros for units that the site does not have.
+        """
+        index, subset = self._rollout.site_index, self.decode(action)
+        prices = self.unit_price.unsqueeze(1) + self._unit_balance(index, subset)
+        return torch.nn.functional.pad(prices, (0, self.layout.max_units - subset.shape[1]))
+
+    def balance(self, index: int, subset: Tensor) -> Tensor:
+        """What the loads of the chosen units at site `index` cost each lane, nats (num_lanes,), float32.
+
+        A mean-field term: every lane takes the loads of all lanes, its own use in them, as given.
+
+        Args:
+            index: Which site; it costs nothing at heads.
+            subset: What all lanes use there, bool (num_lanes, num_units).
+
+        Example: of four lanes three use expert 0 and one expert 1, natively one of two: at a `balance_price` of .1 the
+        three pay .05 and the one gets .05; see `load_excess`.
+        """
+        return subset.float() @ self._unit_balance(index, subset)
+
+    def _unit_balance(self, index: int, subset: Tensor) -> Tensor:
+        """What the load of each unit costs a lane that uses it, nats (num_units,)."""
+        site = self.backbone.sites[index]
+        if site.kind != "experts":
+            return torch.zeros(site.num_units, device=subset.device)
+        return self.config.balance_price * load_excess(subset, site.native_units)
 
     def decode(self, action: Tensor) -> Tensor:
         """Subset of the current site that an action means: bool (num_lanes, num_units)."""

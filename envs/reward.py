@@ -31,13 +31,16 @@ def shared(values: Tensor, credit: str) -> Tensor:
     return values if credit == "token" else values.mean(1, keepdim=True).expand_as(values)
 
 
-def step_reward(price: Tensor, compute: Tensor, quality: Tensor | None) -> Tensor:
-    """`quality - price * compute`; quality is None before the last site.
+def step_reward(price: Tensor, compute: Tensor, quality: Tensor | None, balance: Tensor | None = None) -> Tensor:
+    """`quality - price * compute - balance`.
 
     Args:
         price: Nats per native compute (num_lanes,).
         compute: Fraction of native compute that this step cost (num_lanes,).
-        quality: (num_lanes,) or None.
+        quality: (num_lanes,), or None before the last site.
+        balance: What the units' loads cost, nats (num_lanes,), or None where they cost nothing.
     """
-    cost = -price * compute
-    return cost if quality is None else cost + quality
+    reward = -price * compute
+    if quality is not None:
+        reward = reward + quality
+    return reward if balance is None else reward - balance

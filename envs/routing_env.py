@@ -35,7 +35,8 @@ class RoutingEnv(gym.Env[np.ndarray, Any]):
     Args:
         backbone: Frozen, in evaluation mode; None loads the default one, and trains it on first use.
         source: Where sequences come from; None for the training part of the default corpus.
-        config: Rules; credit must be `token`, as a sequence's mean is not known while it is decoded.
+        config: Rules; credit must be `token`, as a sequence's mean is not known while it is decoded, and
+            `balance_price` 0.
         render_mode: `ansi` for a drawing of the units that ran.
 
     Raises:
@@ -56,6 +57,11 @@ class RoutingEnv(gym.Env[np.ndarray, Any]):
             raise ValueError(f"credit must be 'token' when tokens are decoded one by one, got {config.credit!r}")
         if config.rollouts_per_sequence != 1:
             raise ValueError(f"rollouts_per_sequence must be 1 for one lane, got {config.rollouts_per_sequence}")
+        if config.balance_price:
+            raise ValueError(
+                f"balance_price must be 0 for one lane, as a load over one token means nothing, "
+                f"got {config.balance_price}"
+            )
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ValueError(f"render_mode must be None or 'ansi', got {render_mode!r}")
         backbone, source = default_parts(backbone, source)
@@ -142,10 +148,14 @@ def draw_with(mdp: RoutingMDP, generator: np.random.Generator, options: dict[str
 
 
 def step_info(step: Step, lane_prices: Tensor) -> dict[str, np.ndarray]:
-    """Info of all lanes, under the names that Safety-Gymnasium and MO-Gymnasium read; float32 arrays."""
+    """Info of all lanes, under the names that Safety-Gymnasium and MO-Gymnasium read; float32 arrays.
+
+    With `balance` where it is priced; it is no part of `vector_reward`.
+    """
     price = _array(lane_prices)
     cost, quality = _array(step.cost), _array(step.quality)
-    return {
+    balance = {} if step.balance is None else {"balance": _array(step.balance)}
+    return balance | {
         "cost": cost,
         "quality": quality,
         "price": price,

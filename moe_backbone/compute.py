@@ -144,6 +144,27 @@ def attended_keys(subset: Tensor, positions: Tensor, earlier: Tensor | None = No
     return keys * subset
 
 
+def load_excess(use: Tensor, native_units: int) -> Tensor:
+    """What each unit carries beyond an even share of the load: (num_units * share - 1) / native_units.
+
+    Summed over a token's units, its mean over tokens is (mean units / native_units) * CV**2 of the loads.
+
+    Args:
+        use: Units that each token uses, bool or chances (num_tokens, num_units).
+        native_units: Units that native routing uses.
+
+    Returns:
+        float32 (num_units,), without gradient; zeros where no token uses any unit.
+
+    Example: loads 3 and 1 of four tokens, natively one unit a token, give 2 * .75 - 1 = .5 and 2 * .25 - 1 = -.5. The
+    mean over these tokens, (3 * .5 - 1 * .5) / 4 = .25, is the CV squared: deviation 1 over mean 2, squared.
+    """
+    load = use.detach().float().mean(0)
+    total = load.sum()
+    excess = (len(load) * load / total.clamp_min(torch.finfo(load.dtype).tiny) - 1) / native_units
+    return excess * (total > 0)
+
+
 def native_shares(meter: ComputeMeter) -> Tensor:
     """Fraction of native compute that one unit of each site costs on average: float64 (num_sites,)."""
     positions = torch.arange(meter.seq_len)

@@ -70,6 +70,8 @@ def episode_metrics(mdp: Any) -> dict[str, float]:
         "quality/accuracy": correct,
         "quality/accuracy_minus_native": correct - native_correct,
     } | load_metrics(sites, mdp.subsets)
+    if mdp.config.balance_price:
+        metrics["reward/balance"] = -sum(mdp.balance(*place).mean() for place in enumerate(mdp.subsets))
     return dict(zip(metrics, torch.stack([value.double() for value in metrics.values()]).tolist(), strict=True))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moe_backbone.checks import require, require_at_least
-from moe_backbone.compute import ComputeMeter
+from moe_backbone.compute import ComputeMeter, load_excess
 from moe_backbone.files import read_whole, write_atomic
 from moe_backbone.quality import token_divergence, token_log_likelihood
 from moe_backbone.sites import SiteView
@@ -89,6 +89,7 @@ class GateTrainer:
         draw: Returns the next `Batch`.
         config: How.
         quality: `kl` or `log_likelihood`, as in the environment.
+        balance_price: As in the environment, nats; loads are expected ones, taken as given.
         seed: Of the sampled units.
         checkpoint: File to go on from if it exists, and to keep the training in; None for neither.
         later_steps: Steps to come after `run`, by `train`; the learning rate falls over all.
@@ -107,6 +108,7 @@ class GateTrainer:
         config: GatingConfig,
         *,
         quality: str = "kl",
+        balance_price: float = 0.0,
         seed: int = 0,
         checkpoint: Path | None = None,
         later_steps: int = 0,
@@ -116,6 +118,7 @@ class GateTrainer:
         require(quality in ("kl", "log_likelihood"), f"quality must be kl or log_likelihood for gates, got {quality}")
         self.router, self.backbone, self.draw, self.config, self.quality = router, backbone, draw, config, quality
         self.checkpoint, self.report, self.generators, self.step = checkpoint, report, generators, 0
+        self.balance_price = balance_price
         self.total = config.steps + later_steps
         self.meter = ComputeMeter(backbone.sites, backbone.config.seq_len)
         self.noise = torch.Generator().manual_seed(seed)
@@ -166,21 +169,25 @@ class GateTrainer:
         return torch.stack((loss, compute.mean())).detach()
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Weighted mean of loss plus price times expected compute, and that compute of each token."""
+        """Weighted mean of loss plus price times expected compute plus balance, and that compute of each token."""
         seq_len = batch.tokens.shape[1]
         price = batch.price.repeat_interleave(seq_len)
         with self.backbone.compensated(self.router.compensation):
-            logits, compute = self._episode(batch.tokens, price)
+            logits, compute, balance = self._episode(batch.tokens, price)
         if self.quality == "kl":
             lost = token_divergence(batch.native, logits)
         else:
             lost = -token_log_likelihood(logits, batch.targets)
         weight = price**-self.config.price_balance
-        return (weight * (lost.flatten() + price * compute)).mean(), compute
+        paid = lost.flatten() + price * compute
+        if self.balance_price:
+            paid = paid + self.balance_price * balance
+        return (weight * paid).mean(), compute
 
-    def _episode(self, tokens: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of sampled routing, and the expected compute of each token, both with gradients."""
+    def _episode(self, tokens: Tensor, price: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of sampled routing, expected compute and expected excess load of each token, all with gradients."""
         state, compute = self.backbone.begin(tokens, price), torch.zeros_like(price)
+        balance = torch.zeros_like(price)
         while state.site_index < len(self.backbone.sites):
             view = self.backbone.observe(state)
             logits = self.router.view_logits(_detached(view))
@@ -195,7 +202,9 @@ class GateTrainer:
                 degree = ((self._uniform(logits).logit(1e-6) + logits) / TEMPERATURE).sigmoid() * (high - low) + low
                 state = self.backbone.advance(state, None, degree.clamp(0, 1))
             compute = compute + chance.sum(1) * unit.float()
-        return self.backbone.finish(state), compute
+            if self.balance_price and view.site.kind == "experts":
+                balance = balance + chance @ load_excess(chance, view.site.native_units)
+        return self.backbone.finish(state), compute, balance
 
     def _uniform(self, like: Tensor) -> Tensor:
         return torch.rand(like.shape, generator=self.noise).to(like.device)

@@ -33,7 +33,7 @@ class Episode(NamedTuple):
     advantages: Tensor
     """Without the cost of the site's own units (num_sites, num_lanes), nats."""
     unit_price: Tensor
-    """What one unit costs (num_sites, num_lanes), nats."""
+    """What one unit costs (num_sites, num_lanes), nats; (num_sites, num_lanes, max_units) where units differ."""
     weight: Tensor
     """How much a lane counts (num_sites, num_lanes)."""
     chosen: Tensor
@@ -47,7 +47,8 @@ class RoutingPPO(TensorPPO):
     lane at a site is its return to go minus the mean of the other rollouts of the same token (arXiv:1803.08475); no
     critic is trained and gamma is 1. Costs enter as expectations under the policy, not as sampled: those of later
     sites in the return, that of the site itself as a differentiable term of the loss. That leaves the gradient's
-    mean as it is and takes noise out of it. Tensors stay where the environment has them. With `advantage="gae"`
+    mean as it is and takes noise out of it. What a unit costs may depend on what other lanes drew, as a share of the
+    load does; that is taken as given. Tensors stay where the environment has them. With `advantage="gae"`
     it is SB3's own PPO, see `TensorPPO`.
 
     Args:
@@ -188,10 +189,11 @@ class RoutingPPO(TensorPPO):
         for site in range(env.num_sites):
             _, prior, log_price = seen = self.policy.step_inputs(observation, site, inputs[site])
             logits = router.one_site_logits(site, *seen)
-            chance, unit_price = logits.sigmoid(), env.mdp.unit_price
+            chance = logits.sigmoid()
             actions = torch.rand_like(logits) < chance
+            unit_price = env.mdp.unit_prices(actions) if env.mdp.prices_follow_draws else env.mdp.unit_price
             decisions.append((prior, log_price, actions, bits_log_prob(logits, actions), unit_price, logits > 0))
-            costs.append(unit_price * chance.sum(1))
+            costs.append(expected_cost(unit_price, chance))
             step = env.step_tensor(actions)
             qualities.append(step.quality)
             rewards.append(step.reward)
@@ -247,7 +249,10 @@ class RoutingPPO(TensorPPO):
         logits = self.policy.router.site_logits(lanes.inputs, lanes.priors, lanes.log_price)
         log_prob, entropy, count = bits_terms(logits, lanes.actions)
         advantages = lanes.weight * lanes.advantages
-        cost = (lanes.weight * lanes.unit_price * count).mean()
+        if lanes.unit_price.dim() == count.dim():
+            cost = (lanes.weight * lanes.unit_price * count).mean()
+        else:
+            cost = (lanes.weight * expected_cost(lanes.unit_price, logits.sigmoid())).mean()
         if self.normalize_advantage:
             scale = advantages.std() + 1e-8
             advantages, cost = (advantages - advantages.mean()) / scale, cost / scale
@@ -288,6 +293,16 @@ class RoutingPPO(TensorPPO):
             self.logger.record(f"train/{name}", value)
         self.logger.record("train/entropy_loss", -figures["entropy"])
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+
+def expected_cost(unit_price: Tensor, chance: Tensor) -> Tensor:
+    """What units cost that are used by chance (..., num_units): nats (...).
+
+    `unit_price` has the shape of `chance`, or lacks the last dimension where all units of a lane cost the same.
+    """
+    if unit_price.dim() < chance.dim():
+        return unit_price * chance.sum(-1)
+    return (unit_price * chance).sum(-1)
 
 
 def leave_one_out(rewards: Tensor, copies: int, seq_len: int) -> Tensor:

@@ -176,7 +176,7 @@ def test_same_seed_decodes_the_text_of_a_vector_environment_of_one_sequence(
             single.step(action)
 
 
-@pytest.mark.parametrize("rollouts_per_sequence", [1, 2])
+@pytest.mark.parametrize(("rollouts_per_sequence", "balance_price"), [(1, 0.0), (2, 0.0), (2, 0.3)])
 @pytest.mark.parametrize("credit", ["token", "sequence"])
 @pytest.mark.parametrize("action", CODECS)
 def test_both_vector_doors_agree_to_the_bit(
@@ -185,9 +185,11 @@ def test_both_vector_doors_agree_to_the_bit(
     action: Literal["subset", "count", "ranked"],
     credit: Literal["token", "sequence"],
     rollouts_per_sequence: int,
+    balance_price: float,
 ) -> None:
     """Same seed, same actions: equal observations, rewards, ends and infos over three episodes with restarts."""
-    config = EnvConfig(action=action, credit=credit, rollouts_per_sequence=rollouts_per_sequence)
+    rules: dict[str, Any] = {"rollouts_per_sequence": rollouts_per_sequence, "balance_price": balance_price}
+    config = EnvConfig(action=action, credit=credit, **rules)
     lanes = NUM_SEQUENCES * rollouts_per_sequence * source.seq_len
     vector = RoutingVectorEnv(lanes, backbone, source, config)
     sb3 = RoutingVecEnv(lanes, backbone, source, config)
@@ -202,7 +204,7 @@ def test_both_vector_doors_agree_to_the_bit(
             np.testing.assert_array_equal(terminated, dones)
             assert not truncated.any()
         np.testing.assert_array_equal(info["final_obs"], [info["terminal_observation"] for info in sb3_infos])
-        for name in INFO_NAMES:
+        for name in (*INFO_NAMES, *(["balance"] if balance_price else [])):
             np.testing.assert_array_equal(info["final_info"][name], [info[name] for info in sb3_infos])
 
 

@@ -87,6 +87,9 @@ def test_impossible_rules_are_refused() -> None:
     """Each message gives name, rule and value."""
     with pytest.raises(ValueError, match=r"price_high must be at least price_low=0.5, got 0.1"):
         EnvConfig(price_low=0.5, price_high=0.1)
+    for price in (-0.5, float("nan")):
+        with pytest.raises(ValueError, match=f"balance_price must be at least 0, got {price}"):
+            EnvConfig(balance_price=price)
     with pytest.raises(ValueError, match="rollouts_per_sequence must be at least 1, got 0"):
         EnvConfig(rollouts_per_sequence=0)
     for name in ("quality", "credit", "action"):
@@ -109,6 +112,8 @@ def test_rules_that_do_not_fit_decoding_are_refused(make_env: Callable[..., Rout
     """A mean over the sequence is not known while it is decoded, and one lane holds no copies."""
     with pytest.raises(ValueError, match="credit must be 'token' when tokens are decoded one by one, got 'sequence'"):
         make_env(EnvConfig(credit="sequence"))
+    with pytest.raises(ValueError, match=r"balance_price must be 0 for one lane, .* means nothing, got 0\.5"):
+        make_env(EnvConfig(balance_price=0.5))
     with pytest.raises(ValueError, match="rollouts_per_sequence must be 1 for one lane, got 4"):
         make_env(EnvConfig(rollouts_per_sequence=4))
     with pytest.raises(ValueError, match="render_mode must be None or 'ansi', got 'human'"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from stable_baselines3.common.logger import Logger
@@ -40,6 +42,17 @@ def test_metrics_are_those_of_the_episode() -> None:
         assert (metrics["routing/compute"] > 1) == everything
         assert metrics["routing/price"] == pytest.approx(0.5)
         assert metrics["routing/dead_units"] == (0 if everything else 6)
+
+
+def test_metrics_show_what_the_balance_cost() -> None:
+    """Three parts make up the mean return where a balance is priced."""
+    env = RoutingVecEnv(LANES, planted_backbone(), PlantedSource(), replace(PLANTED_RULES, balance_price=0.3))
+    env.reset_tensor()
+    total = sum(env.step_tensor(torch.eye(4)[torch.zeros(LANES, dtype=torch.long)]).reward for _ in range(2))
+    metrics = episode_metrics(env.mdp)
+    assert metrics["reward/balance"] == pytest.approx(-0.3 * 3)  # one of four experts does everything: CV squared is 3
+    parts = [metrics[f"reward/{name}"] for name in ("cost", "quality", "balance")]
+    assert sum(parts) == pytest.approx(total.mean().item(), abs=1e-5)
 
 
 @pytest.mark.parametrize(("n_steps", "logged"), [(2, True), (3, False)], ids=["at the end", "amid an episode"])

@@ -47,6 +47,8 @@ def _is_mask(index: Any) -> bool:
 class Replayed:
     """An environment that answers what another one once answered: the host's reads left are the algorithm's own."""
 
+    prices_follow_draws = False
+
     def __init__(self, env: RoutingVecEnv) -> None:
         self.num_envs, self.num_sites, self.generator = env.num_envs, env.num_sites, env.generator
         self.batch = self.drawn = env.draw_batch()
