@@ -13,6 +13,7 @@ from moe_backbone import BackboneConfig, ComputeMeter, fixed_flops
 from moe_backbone.compute import transformer_sites
 from moe_backbone.corpus import Corpus
 from moe_backbone.pretrain import PretrainConfig, load_or_train
+from moe_backbone.sites import HeadMeaning
 
 FAMILY = "smaller-native"
 """Name of the rows."""
@@ -72,9 +73,12 @@ def score_smaller_model(
         The smaller model's native routing; its usage and units are those of its own sites.
     """
     main: BackboneConfig = evaluator.backbone.config  # type: ignore[attr-defined]
+    meaning: HeadMeaning = evaluator.backbone.head_meaning  # type: ignore[attr-defined]
     backbone = load_or_train(corpus, model.config, pretrain, device=device)
+    backbone.head_meaning = meaning
     own = Evaluator(backbone, evaluator.split, max_tokens=evaluator.num_tokens, device=device).native
-    compute, compute_total = relative_compute(model.config, main)
+    compute, compute_total = relative_compute(model.config, main, meaning)
+    cache = None if own.cache is None else model.config.hidden_size / main.hidden_size
     return replace(
         own,
         router=FAMILY,
@@ -82,14 +86,18 @@ def score_smaller_model(
         seed=pretrain.seed,
         compute=compute,
         compute_total=compute_total,
+        cache=cache,
         native_documents=evaluator.native.documents,
     )
 
 
-def relative_compute(config: BackboneConfig, main: BackboneConfig) -> tuple[float, float]:
+def relative_compute(
+    config: BackboneConfig, main: BackboneConfig, head_meaning: HeadMeaning = "query"
+) -> tuple[float, float]:
     """FLOPs of a native token of one backbone over those of another: routable ones, and all with the fixed parts."""
     routable, main_routable = (
-        ComputeMeter(transformer_sites(each), each.seq_len).native_flops for each in (config, main)
+        ComputeMeter(transformer_sites(each, head_meaning), each.seq_len).native_flops for each in (config, main)
     )
-    total, main_total = routable + fixed_flops(config), main_routable + fixed_flops(main)
+    total = routable + fixed_flops(config, head_meaning)
+    main_total = main_routable + fixed_flops(main, head_meaning)
     return routable / main_routable, total / main_total

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from envs import EnvConfig
 from evaluate_rl import EvaluationConfig
 from moe_backbone import BackboneConfig
 from moe_backbone.checks import require, require_at_least
 from moe_backbone.pretrain import PretrainConfig
+from moe_backbone.sites import HeadMeaning
 from policies.gating import GatingConfig
 
 
@@ -81,6 +82,10 @@ class TrainConfig:
     cost_limit: float | None = None
     """Budget instead of prices: mean compute to train for, a fraction of native with the router's own cost; a Lagrange
     multiplier finds the price."""
+    head_meaning: HeadMeaning = "query"
+    """What a token skips in a head that it does not use. `query`: only to attend, as later tokens attend to its key and
+    value. `query_key_value`: these too, so that later tokens cannot attend to it there and the cache holds less. The
+    backbone is trained with all heads on, so it is the same under both."""
     adapt_backbone: int = 0
     """Steps of training the backbone on under the learned router, after which the router is trained again; 0 for
     none, 600 if no value is given."""
@@ -95,6 +100,13 @@ class TrainConfig:
         require_at_least(self, 0, "eval_times", "seed", "adapt_backbone")
         limit = self.cost_limit
         require(limit is None or 0 < limit <= 1, f"cost_limit must lie in (0, 1], got {limit}")
+        known = get_args(HeadMeaning)
+        require(
+            self.head_meaning in known, f"head_meaning must be one of {', '.join(known)}, got {self.head_meaning!r}"
+        )
+        rule = "env.cache_price must be 0 unless head_meaning is query_key_value"
+        priced = self.env.cache_price > 0 and self.head_meaning == "query"
+        require(not priced, f"{rule}, got {self.env.cache_price}")
         _ = self.pretraining  # refuses an impossible share
 
     @property

@@ -44,8 +44,10 @@ CALIBRATION_TOKENS, CALIBRATION_PRICES = 8192, 20
 
 
 def load_backbone(config: TrainConfig, corpus: Corpus, device: str) -> MoETransformer:
-    """The trained backbone of a run."""
-    return load_or_train(corpus, config.backbone, config.pretraining, device=device)
+    """The trained backbone of a run, under the run's head meaning."""
+    backbone = load_or_train(corpus, config.backbone, config.pretraining, device=device)
+    backbone.head_meaning = config.head_meaning
+    return backbone
 
 
 def build_model(config: TrainConfig, backbone: MoETransformer, corpus: Corpus) -> RoutingPPO:
@@ -68,6 +70,7 @@ def build_model(config: TrainConfig, backbone: MoETransformer, corpus: Corpus) -
         policy_kwargs={"router_spec": router_spec(config, backbone).to_json(), "critic": ppo.advantage == "gae"},
         seed=config.seed,
         device=next(backbone.parameters()).device,
+        cuda_graph=config.head_meaning == "query",  # rows of kept keys are counted on the host
     )
 
 
@@ -96,6 +99,7 @@ def build_gates(
         gating,
         quality=quality,
         balance_price=config.env.balance_price,
+        cache_price=config.env.cache_price,
         seed=config.seed,
         generators=generators,
         **kept,
@@ -292,7 +296,10 @@ def tuned_natively(config: TrainConfig, corpus: Corpus, device: str) -> MoETrans
     path = cache_folder() / f"tuned-{key}-{config.adapt_backbone}.safetensors"
     logger.info("backbone: training on as long under native routing, for comparison; kept at %s", path)
     start, settings = load_backbone(config, corpus, device), adaptation_settings(config)
-    return fine_tune(path, corpus, start, settings, lambda generator: NativeRouter(), device)
+    with start.using(head_meaning="query"):  # nothing is dropped natively, so runs of both meanings share it
+        backbone = fine_tune(path, corpus, start, settings, lambda generator: NativeRouter(), device)
+    backbone.head_meaning = config.head_meaning
+    return backbone
 
 
 @contextmanager

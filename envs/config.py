@@ -29,6 +29,10 @@ class EnvConfig:
     """What an uneven load of the experts costs, nats: at each expert site a lane also pays this times the sum over its
     chosen units of (num_experts * share of the site's load - 1) / native_units. Means over lanes are this times (mean
     units / native_units) * CV**2 of the loads, which is 0 where they are even. For vector environments only."""
+    cache_price: float = 0.0
+    """What the native keys and values of a token count beside its native compute, as a fraction of native compute: a
+    step's cost is its compute plus this times the share of the native cache that the token leaves there. Above 0 only
+    under the head meaning `query_key_value`; otherwise every token leaves all."""
     action: Literal["subset", "count", "ranked"] = "subset"
     """`subset`: one bit a unit. `count`: how many units, best gate scores first. `ranked`: an ordered list of
     `ranked_units` different units."""
@@ -48,7 +52,7 @@ class EnvConfig:
         if self.price_high < self.price_low:
             raise ValueError(f"price_high must be at least price_low={self.price_low}, got {self.price_high}")
         require_at_least(self, 1, "rollouts_per_sequence", "ranked_units")
-        require_at_least(self, 0, "native_cache_mb", "balance_price")
+        require_at_least(self, 0, "native_cache_mb", "balance_price", "cache_price")
         for name, known in (
             ("quality", ("kl", "log_likelihood", "accuracy")),
             ("credit", ("token", "sequence")),

@@ -24,7 +24,7 @@ from envs.token_source import TokenSource
 from moe_backbone import ComputeMeter, MoETransformer, best_units
 from moe_backbone.checks import require, require_price
 from moe_backbone.compensation import Compensation
-from moe_backbone.compute import load_excess
+from moe_backbone.compute import earlier_keys, load_excess
 from moe_backbone.transformer import RoutingState
 
 
@@ -35,7 +35,8 @@ class Step:
     Attributes:
         observation: Of the next site, or of the end when `terminated`.
         reward: `quality - price * cost`, minus `balance` where it is priced.
-        cost: Fraction of native compute that this step spent.
+        cost: Fraction of native compute that this step spent, and `cache_price` times the share of the native cache
+            that it leaves behind.
         quality: Zeros before the last site.
         terminated: Whether this was the last site; the same for all lanes.
         truncated: Always False: an episode is never cut off.
@@ -62,6 +63,7 @@ class RoutingMDP:
 
     Attributes:
         layout: Slices of an observation.
+        drops_keys: Whether tokens drop their keys in heads that they do not use (head meaning `query_key_value`).
         num_lanes: `num_sequences * rollouts_per_sequence * seq_len`.
         subsets: What ran at each site of the current episode, bool (num_lanes, num_units).
         quality: What the episode that ended last was paid at its end (num_lanes,), float32.
@@ -74,8 +76,9 @@ class RoutingMDP:
     ) -> None:
         if num_sequences < 1:
             raise ValueError(f"num_sequences must be at least 1, got {num_sequences}")
-        meaning = getattr(backbone, "head_meaning", "query")
-        require(meaning == "query", f"head_meaning must be query, as later keys are not priced yet, got {meaning}")
+        self.drops_keys = any(site.drops_keys for site in backbone.sites)
+        rule = "cache_price must be 0 where every token leaves all keys and values (head_meaning query)"
+        require(self.drops_keys or config.cache_price == 0, f"{rule}, got {config.cache_price}")
         self.backbone, self.source, self.config = backbone, source, config
         self.num_sequences = num_sequences
         self.device = next(backbone.parameters()).device
@@ -179,7 +182,7 @@ class RoutingMDP:
                 the ranked one.
         """
         subset, price = self.decode(action), self.price
-        cost = (self._by_sequence(subset.sum(1)) * self._unit_flops / self.meter.native_flops).float().flatten()
+        cost = self._cost(subset)
         balance = self.balance(self._rollout.site_index, subset) if self.config.balance_price else None
         self._rollout.advance(subset, self.compensation)
         self.subsets.append(subset)
@@ -210,15 +213,30 @@ class RoutingMDP:
         """Predictions of the current episode, which has ended (num_sequences, seq_len, vocab_size), float32."""
         return self._rollout.logits()
 
+    def _cost(self, subset: Tensor) -> Tensor:
+        """What the chosen units of the current site cost, see `Step.cost`: float32 (num_lanes,)."""
+        index, meter = self._rollout.site_index, self.meter
+        if not meter.sites[index].drops_keys:
+            return (self._by_sequence(subset.sum(1)) * self._unit_flops / meter.native_flops).float().flatten()
+        flops = meter.flops(index, subset, self._rollout.positions_of_lanes, self._rollout.earlier_keys)
+        share = meter.cache_bytes(index, subset) / meter.native_cache_bytes
+        return (flops / meter.native_flops + self.config.cache_price * share).float()
+
     @property
     def unit_price(self) -> Tensor:
-        """What one unit of the current site costs each lane, nats: price times its compute (num_lanes,), float32."""
+        """What one unit of the current site costs each lane, nats: price times its compute (num_lanes,), float32.
+
+        Every earlier token is taken to be a key; see `prices_follow_draws`.
+        """
         return (self._by_sequence(self.price) * (self._unit_flops / self.meter.native_flops).float()).flatten()
 
     @property
     def prices_follow_draws(self) -> bool:
-        """Whether what a unit costs depends on what other lanes do; then `unit_prices` says it, not `unit_price`."""
-        return self.config.balance_price > 0
+        """Whether what a unit costs depends on what other lanes do: on loads, or on the keys that earlier tokens kept.
+
+        Then `unit_prices` says it, not `unit_price`.
+        """
+        return self.config.balance_price > 0 or self.drops_keys
 
     def unit_prices(self, action: Tensor) -> Tensor:
         """What each unit of the current site costs each lane when all lanes act like this, whether it uses it or not.
@@ -230,8 +248,19 @@ class RoutingMDP:
             Nats (num_lanes, max_units), float32; zeros for units that the site does not have.
         """
         index, subset = self._rollout.site_index, self.decode(action)
-        prices = self.unit_price.unsqueeze(1) + self._unit_balance(index, subset)
+        if self.meter.sites[index].drops_keys:
+            prices = self.price.unsqueeze(1) * self._unit_costs(index, subset)
+        else:
+            prices = self.unit_price.unsqueeze(1) + self._unit_balance(index, subset)
         return torch.nn.functional.pad(prices, (0, self.layout.max_units - subset.shape[1]))
+
+    def _unit_costs(self, index: int, subset: Tensor) -> Tensor:
+        """What each head would cost each lane, its key and value included: float32 (num_lanes, num_units)."""
+        site, meter = self.meter.sites[index], self.meter
+        keys = 1 + earlier_keys(subset, self._rollout.positions_of_lanes, self._rollout.earlier_keys)
+        flops = site.unit_flops + site.unit_flops_per_key * keys.double()
+        share = site.unit_cached_numbers * meter.bytes_per_number / meter.native_cache_bytes
+        return (flops / meter.native_flops + self.config.cache_price * share).float()
 
     def balance(self, index: int, subset: Tensor) -> Tensor:
         """What the loads of the chosen units at site `index` cost each lane, nats (num_lanes,), float32.
@@ -250,7 +279,7 @@ class RoutingMDP:
     def _unit_balance(self, index: int, subset: Tensor) -> Tensor:
         """What the load of each unit costs a lane that uses it, nats (num_units,)."""
         site = self.backbone.sites[index]
-        if site.kind != "experts":
+        if site.kind != "experts" or not self.config.balance_price:
             return torch.zeros(site.num_units, device=subset.device)
         return self.config.balance_price * load_excess(subset, site.native_units)
 

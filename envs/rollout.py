@@ -105,6 +105,17 @@ class Rollout:
         return self._states[0].site_index
 
     @property
+    def positions_of_lanes(self) -> Tensor:
+        """Place of each lane's token in its sequence (num_lanes,), int64."""
+        places = torch.arange(self.positions.start, self.positions.stop, device=self.price.device)
+        return places.repeat(len(self.price) // len(places))
+
+    @property
+    def earlier_keys(self) -> Tensor | None:
+        """Keys kept of tokens before the batch's, see `RoutingState.earlier_keys`."""
+        return self._states[0].earlier_keys  # only a cache holds any, and then there is one block
+
+    @property
     def ended(self) -> bool:
         """Whether all sites have run."""
         return self.site_index == len(self.backbone.sites)

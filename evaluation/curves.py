@@ -152,6 +152,24 @@ def scores_along(
     return iqm(sums.sum(-1) / tokens_of(curves[0], text).sum())
 
 
+def cache_along(curves: Sequence[Curve], computes: Sequence[float]) -> FloatArray:
+    """Held-out keys and values kept at each compute, as a share of native; interpolated as scores are.
+
+    Args:
+        curves: One for each seed, none of them empty; points without `cache`, whose routing drops nothing, count as 1.
+        computes: Fractions of native compute.
+
+    Returns:
+        Interquartile mean over the seeds (num_computes,), float64; NaN where a seed does not reach.
+    """
+    shares = []
+    for curve in curves:
+        points = [point.held_out for point in frontier(curve)]
+        weights = _mixture(np.array([point.compute for point in points]), np.asarray(computes, dtype=np.float64))
+        shares.append(weights @ np.array([1.0 if point.cache is None else point.cache for point in points]))
+    return iqm(np.stack(shares, axis=1))
+
+
 def sums_of(documents: DocumentSums, quantity: Quantity) -> FloatArray:
     """Sum over the tokens of each document (num_documents,), float64: nats, or tokens that were right."""
     return documents.log_likelihood if quantity == "log_likelihood" else documents.correct

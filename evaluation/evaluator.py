@@ -17,6 +17,7 @@ from moe_backbone import Backbone, ComputeMeter, NativeRouter, Router, token_cor
 from moe_backbone import fixed_flops as config_fixed_flops
 from moe_backbone.corpus import Split
 from moe_backbone.kernels import count_rows
+from moe_backbone.sites import HeadMeaning
 
 
 class PointSpec(Protocol):
@@ -81,7 +82,8 @@ class Evaluator:
         self._device, self._batch_sequences = torch.device(device), batch_sequences
         self._meter = ComputeMeter(self.sites, seq_len)
         if fixed_flops is None:
-            fixed_flops = config_fixed_flops(backbone.config)  # type: ignore[attr-defined]
+            meaning: HeadMeaning = getattr(backbone, "head_meaning", "query")
+            fixed_flops = config_fixed_flops(backbone.config, meaning)  # type: ignore[attr-defined]
         self._fixed_flops = fixed_flops
         self._tokens, self._targets, document_ids = split.windows(seq_len, max_tokens)
         documents, rows = np.unique(document_ids.numpy(), return_inverse=True)
@@ -127,6 +129,7 @@ class Evaluator:
             units_per_token=tally.units_per_token,
             distinct_units=tally.distinct_units,
             balance=tally.balance,
+            cache=tally.cache,
             seconds=seconds,
         )
 

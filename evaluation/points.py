@@ -44,6 +44,8 @@ class Point:
     """How evenly the experts are loaded."""
     seconds: float
     """Wall time of the forward passes over all windows."""
+    cache: float | None = None
+    """Bytes of keys and values kept over those of native routing; None where no site drops any."""
 
     @property
     def log_likelihood(self) -> float:
@@ -77,7 +79,8 @@ class Point:
         return accuracy_difference(self.documents, self.native_documents)
 
     def to_json(self) -> dict[str, Any]:
-        """One entry of `points` in `evaluation.json`."""
+        """One entry of `points` in `evaluation.json`; `cache` is there where keys and values are dropped."""
+        cache = {} if self.cache is None else {"cache": self.cache}
         return {
             "router": self.router,
             "setting": self.setting,
@@ -85,6 +88,7 @@ class Point:
             "compute": self.compute,
             "router_overhead": self.router_overhead,
             "compute_total": self.compute_total,
+            **cache,
             "accuracy": self.accuracy,
             "log_likelihood": self.log_likelihood,
             "accuracy_retained": self.accuracy_retained,

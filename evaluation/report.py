@@ -14,7 +14,7 @@ from rich.table import Table
 
 from evaluation.checks import Check
 from evaluation.compare import COMPUTES, Comparison, best_others
-from evaluation.curves import Curve, Curves, Quantity, Scored, scores_along
+from evaluation.curves import Curve, Curves, Quantity, Scored, cache_along, scores_along
 from evaluation.evaluator import Evaluator
 from evaluation.intervals import Interval
 from evaluation.points import Point
@@ -113,6 +113,8 @@ def report_parts(evaluation: Evaluation) -> Iterator[Table | str]:
     curves, comparisons = evaluation.curves, evaluation.comparisons
     yield tradeoff_table(curves, evaluation.held_out.native, evaluation.summary)
     yield summary_table(curves, evaluation.summary)
+    if evaluation.held_out.native.cache is not None:
+        yield cache_table(curves)
     if comparisons:
         yield rivals_table(comparisons, "log_likelihood")
         yield rivals_table(comparisons, "accuracy")
@@ -184,6 +186,19 @@ def summary_table(curves: Curves, summary: Mapping[str, Mapping[str, Any]]) -> T
         cells = [_ends(intervals[key]) if key in intervals else "-" for key in keys]
         table.add_row(_marked(name, seeds), str(len(seeds)), *cells, style=_style(name))
     table.caption = "Hypervolume, AIQ: areas under accuracy by compute, more is better." + _note(curves)
+    return table
+
+
+def cache_table(curves: Curves, *, computes: Sequence[float] = COMPUTES) -> Table:
+    """One row for each router: keys and values that it keeps at equal compute, in % of the native bytes."""
+    table = _table("Keys and values kept, % of native bytes", "router")
+    for compute in computes:
+        table.add_column(f"at {compute:.2f}", justify="right")
+    for name, seeds in curves.items():
+        shares = cache_along(seeds, computes)
+        cells = ["-" if math.isnan(share) else f"{100 * share:.1f}" for share in shares]
+        table.add_row(_marked(name, seeds), *cells, style=_style(name))
+    table.caption = "-: this router costs more." + _note(curves)
     return table
 
 

@@ -24,7 +24,7 @@ class Tally:
 
     def __init__(self, meter: ComputeMeter) -> None:
         """Start at zero for the sites of `meter`."""
-        self.flops = 0.0
+        self.flops = self._cache_bytes = 0.0
         self.num_tokens = 0
         self._meter = meter
         self._loads = np.full((len(meter.sites), max(site.num_units for site in meter.sites)), np.nan)
@@ -48,6 +48,7 @@ class Tally:
             self._touched.append(int((load > 0).sum()))
             self._rows[site.kind] += int(load.sum())
             self.flops += float(self._meter.flops(index, subset, positions).sum())
+            self._cache_bytes += float(self._meter.cache_bytes(index, subset).sum(dtype=torch.float64))
 
     def check_rows(self, counted: Mapping[str, int]) -> None:
         """Hold the subsets against the rows that the kernels ran, by kind of unit.
@@ -74,6 +75,13 @@ class Tally:
     def distinct_units(self) -> float:
         """Distinct units that a batch touches, mean over sites and batches."""
         return float(np.mean(self._touched))
+
+    @property
+    def cache(self) -> float | None:
+        """Bytes of keys and values kept over those of native routing; None where no site drops any."""
+        if not any(site.drops_keys for site in self._meter.sites):
+            return None
+        return self._cache_bytes / (self.num_tokens * self._meter.native_cache_bytes)
 
     @property
     def balance(self) -> Balance:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from moe_backbone.checks import require
 from moe_backbone.compensation import HeadCompensation
 from moe_backbone.config import BackboneConfig
 from moe_backbone.kernels import Backend, Derived, head_attention, kept_head_attention, linear, rotate
 from moe_backbone.sites import HeadMeaning
+from moe_backbone.switched_heads import switch_kept_heads
 
 if TYPE_CHECKING:
     from moe_backbone.transformer import RoutingState
@@ -154,22 +156,23 @@ class Attention(nn.Module):
         else:
             weights = self.num_heads * state.scores.exp().unflatten(0, (num_sequences, seq_len))
         on = subset if switch is None else switch
-        if switch is not None:  # heads add up: what one would add is its output, which is computed for all
-            weights = weights * switch.unflatten(0, (num_sequences, seq_len))
-            subset = torch.ones_like(switch, dtype=torch.bool)
-        assert subset is not None
-        subset = subset.unflatten(0, (num_sequences, seq_len))
-        block = num_sequences
-        if state.cache is None and hidden.device.type == "cpu" and not torch.is_grad_enabled():
-            block = max(1, BLOCK_TOKENS // max(1, seq_len))
-        parts = zip(hidden.split(block), weights.split(block), subset.split(block), strict=True)
-        run = self._update if head_meaning == "query" else self._update_kept
-        updates = [run(state, *part, rotation, backend) for part in parts]
-        update = updates[0] if len(updates) == 1 else torch.cat(updates)
-        if compensation is None:
-            return update
         assert on is not None
-        return compensation(update.flatten(0, 1), on).view_as(update)
+        if switch is not None and head_meaning == "query_key_value":
+            update = self._update_switched(state, weights, subset, switch, rotation)
+        else:
+            if switch is not None:  # heads add up: what one would add is its output, which is computed for all
+                weights = weights * switch.unflatten(0, (num_sequences, seq_len))
+                subset = torch.ones_like(switch, dtype=torch.bool)
+            assert subset is not None
+            subset = subset.unflatten(0, (num_sequences, seq_len))
+            block = num_sequences
+            if state.cache is None and hidden.device.type == "cpu" and not torch.is_grad_enabled():
+                block = max(1, BLOCK_TOKENS // max(1, seq_len))
+            parts = zip(hidden.split(block), weights.split(block), subset.split(block), strict=True)
+            run = self._update if head_meaning == "query" else self._update_kept
+            updates = [run(state, *part, rotation, backend) for part in parts]
+            update = updates[0] if len(updates) == 1 else torch.cat(updates)
+        return update if compensation is None else compensation(update.flatten(0, 1), on).view_as(update)
 
     def _update(
         self, state: RoutingState, hidden: Tensor, weights: Tensor, subset: Tensor, rotation: Tensor, backend: Backend
@@ -198,6 +201,18 @@ class Attention(nn.Module):
         if isinstance(cache, KeptCache):
             cache.extend(layer, subset, rows)
         return update
+
+    def _update_switched(
+        self, state: RoutingState, weights: Tensor, subset: Tensor | None, switch: Tensor, rotation: Tensor
+    ) -> Tensor:
+        """The same under switches, of whole sequences."""
+        require(state.cache is None, "cache must be None where switches drop keys, as it holds none of their gradients")
+        shape = state.tokens.shape
+        chosen = None if subset is None else subset.unflatten(0, shape)
+        (projection,) = self._projection(self.query, self.key_value)
+        return switch_kept_heads(
+            state.features, weights, chosen, switch.unflatten(0, shape), projection, self.output, rotation
+        )
 
 
 def projection_by_head(query: Tensor, key_value: Tensor) -> tuple[Tensor]:

@@ -113,8 +113,29 @@ class ComputeMeter:
         """The same as a fraction of the native cost over all sites: float32 (num_tokens,)."""
         return (self.flops(index, subset, positions, earlier) / self.native_flops).float()
 
+    def expected_compute(self, index: int, chance: Tensor, positions: Tensor) -> Tensor:
+        """Fraction of native compute that units cost which whole sequences use by independent chances.
+
+        Where the site drops keys, a token that is likely to use a unit makes it dearer for the tokens behind it.
+
+        Args:
+            index: Which site.
+            chance: Of each unit (num_tokens, num_units), float32, sequence after sequence.
+            positions: Place of each token in its sequence, counted from 0 (num_tokens,), int64.
+
+        Returns:
+            float32 (num_tokens,), with the gradient of `chance`.
+        """
+        site = self.sites[index]
+        if not site.drops_keys:
+            return chance.sum(1) * (self.unit_flops(index, positions) / self.native_flops).float()
+        flops = site.unit_flops + site.unit_flops_per_key * (1 + earlier_keys(chance, positions))
+        return ((chance * flops).sum(1) / self.native_flops).float()
+
     def cache_bytes(self, index: int, subset: Tensor) -> Tensor:
         """Bytes of keys and values that each token leaves at site `index` for later ones: float32 (num_tokens,).
+
+        Chances in place of a subset give the expected bytes.
 
         Over `native_cache_bytes`, and summed over the sites, this is a token's share of the native cache.
         """
@@ -136,12 +157,27 @@ def attended_keys(subset: Tensor, positions: Tensor, earlier: Tensor | None = No
 
     Example: a head used by the first and the third of three tokens gives 1, 0, 2.
     """
-    kept = subset.cumsum(0)
-    first = torch.arange(len(subset), device=subset.device) - (positions - positions[:1])
-    keys = kept - (kept - subset.long()).index_select(0, first)
-    if earlier is not None:
-        keys = keys + earlier.repeat_interleave(len(subset) // max(1, len(earlier)), 0)
-    return keys * subset
+    return (earlier_keys(subset, positions, earlier) + 1) * subset
+
+
+def earlier_keys(use: Tensor, positions: Tensor, earlier: Tensor | None = None) -> Tensor:
+    """Keys that each token finds of the tokens before it, where only tokens that use a head are keys there.
+
+    Args:
+        use: Chosen heads, bool, or their chances, float (num_tokens, num_heads), sequence after sequence.
+        positions: Place of each token in its sequence, without gaps (num_tokens,), int64.
+        earlier: Keys kept of tokens before these (num_sequences, num_heads), int64.
+
+    Returns:
+        (num_tokens, num_heads): int64, or float64 expected numbers.
+
+    Example: a head used by the first and the third of three tokens gives 0, 1, 1.
+    """
+    use = use.double() if use.is_floating_point() else use.long()
+    before = use.cumsum(0) - use
+    first = torch.arange(len(use), device=use.device) - (positions - positions[:1])
+    keys = before - before.index_select(0, first)
+    return keys if earlier is None else keys + earlier.repeat_interleave(len(use) // max(1, len(earlier)), 0)
 
 
 def load_excess(use: Tensor, native_units: int) -> Tensor:

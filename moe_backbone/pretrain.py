@@ -190,6 +190,7 @@ class Pretraining:
         self.backbone = MoETransformer(config).to(device)
         if start is not None:
             self.backbone.load_state_dict(start.state_dict())
+            self.backbone.head_meaning = start.head_meaning
         self.optimizer = torch.optim.AdamW(
             self.backbone.parameters(), lr=pretrain.learning_rate, betas=(0.9, 0.95), weight_decay=pretrain.weight_decay
         )
@@ -315,11 +316,13 @@ def fine_tune(
     """A fine-tuned copy of a backbone, from `path` if it was trained before, else kept there.
 
     Returns:
-        The backbone in evaluation mode, frozen, on `device`.
+        The backbone in evaluation mode, frozen, on `device`, under the head meaning of `start`.
     """
-    return _train_once(
+    backbone = _train_once(
         path, start.config, lambda partial: FineTuning(corpus, start, settings, make_router, device, partial), device
     )
+    backbone.head_meaning = start.head_meaning
+    return backbone
 
 
 def learning_rate_factor(step: int, steps: int) -> float:

@@ -172,15 +172,14 @@ class MoETransformer(nn.Module):
             subset: Chosen units, bool (num_tokens, num_units); an empty row leaves the residual stream unchanged
                 but for a shared expert. None to run every unit to the degree of `switch`.
             switch: For training by back-propagation, float of the same shape; every unit is computed. With a subset,
-                which its values must equal, its gradient is what turning a unit round would change. Without, degrees
-                in [0, 1] and their derivative.
+                which its values must equal, its gradient is what turning a unit round would change, under
+                `query_key_value` for later tokens too, which then find its key or do not. Without, degrees in [0, 1]
+                and their derivative.
         """
         sublayer = self._sublayer(state.site_index)
         constants = None if self.compensation is None else self.compensation[state.site_index]
         if isinstance(sublayer, Attention):
             rotation = self.rotation[:, state.first_position : state.first_position + state.tokens.shape[1]]
-            if switch is not None and self.head_meaning != "query":
-                raise ValueError(f"head_meaning must be query where switches have gradients, got {self.head_meaning}")
             update = sublayer(state, subset, rotation, self.backend, self.head_meaning, switch, constants)
         else:
             update = sublayer(state.features, state.scores, subset, self.backend, switch, constants)

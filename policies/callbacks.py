@@ -60,8 +60,10 @@ def episode_metrics(mdp: Any) -> dict[str, float]:
     native = token_log_likelihood(native_logits, batch.targets).mean()
     correct = token_correct(logits, batch.targets).mean()
     native_correct = token_correct(native_logits, batch.targets).mean()
+    kept = sum(mdp.meter.cache_bytes(index, subset) for index, subset in enumerate(mdp.subsets))
+    cache = kept / mdp.meter.native_cache_bytes
     metrics = {
-        "reward/cost": -(price * compute).mean(),
+        "reward/cost": -(price * (compute + mdp.config.cache_price * cache)).mean(),
         "reward/quality": mdp.quality.mean(),
         "routing/compute": compute.mean(),
         "routing/price": price.log().mean().exp(),
@@ -70,6 +72,8 @@ def episode_metrics(mdp: Any) -> dict[str, float]:
         "quality/accuracy": correct,
         "quality/accuracy_minus_native": correct - native_correct,
     } | load_metrics(sites, mdp.subsets)
+    if mdp.drops_keys:
+        metrics["routing/cache"] = cache.mean()
     if mdp.config.balance_price:
         metrics["reward/balance"] = -sum(mdp.balance(*place).mean() for place in enumerate(mdp.subsets))
     return dict(zip(metrics, torch.stack([value.double() for value in metrics.values()]).tolist(), strict=True))

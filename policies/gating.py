@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -80,6 +80,17 @@ class Batch(Protocol):
         """Logits of native routing (num_sequences, seq_len, vocab_size), float32."""
 
 
+class Spent(NamedTuple):
+    """What each token is expected to cost; every tensor is (num_tokens,), float32."""
+
+    compute: Tensor
+    """Fraction of native compute."""
+    cache: Tensor
+    """Share of the native keys and values that it keeps; zeros where these are not priced."""
+    balance: Tensor
+    """Load of its experts beyond an even share, see `load_excess`; zeros where it is not priced."""
+
+
 class GateTrainer:
     """Trains a `LinearRouter`, and its compensation if it has one, on quality minus price times expected compute.
 
@@ -90,6 +101,7 @@ class GateTrainer:
         config: How.
         quality: `kl` or `log_likelihood`, as in the environment.
         balance_price: As in the environment, nats; loads are expected ones, taken as given.
+        cache_price: As in the environment, a fraction of native compute.
         seed: Of the sampled units.
         checkpoint: File to go on from if it exists, and to keep the training in; None for neither.
         later_steps: Steps to come after `run`, by `train`; the learning rate falls over all.
@@ -109,6 +121,7 @@ class GateTrainer:
         *,
         quality: str = "kl",
         balance_price: float = 0.0,
+        cache_price: float = 0.0,
         seed: int = 0,
         checkpoint: Path | None = None,
         later_steps: int = 0,
@@ -118,7 +131,7 @@ class GateTrainer:
         require(quality in ("kl", "log_likelihood"), f"quality must be kl or log_likelihood for gates, got {quality}")
         self.router, self.backbone, self.draw, self.config, self.quality = router, backbone, draw, config, quality
         self.checkpoint, self.report, self.generators, self.step = checkpoint, report, generators, 0
-        self.balance_price = balance_price
+        self.balance_price, self.cache_price = balance_price, cache_price
         self.total = config.steps + later_steps
         self.meter = ComputeMeter(backbone.sites, backbone.config.seq_len)
         self.noise = torch.Generator().manual_seed(seed)
@@ -169,29 +182,31 @@ class GateTrainer:
         return torch.stack((loss, compute.mean())).detach()
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Weighted mean of loss plus price times expected compute plus balance, and that compute of each token."""
+        """Weighted mean of loss plus what routing is expected to cost, and the expected compute of each token."""
         seq_len = batch.tokens.shape[1]
         price = batch.price.repeat_interleave(seq_len)
         with self.backbone.compensated(self.router.compensation):
-            logits, compute, balance = self._episode(batch.tokens, price)
+            logits, spent = self._episode(batch.tokens, price)
         if self.quality == "kl":
             lost = token_divergence(batch.native, logits)
         else:
             lost = -token_log_likelihood(logits, batch.targets)
         weight = price**-self.config.price_balance
-        paid = lost.flatten() + price * compute
+        paid = lost.flatten() + price * spent.compute
+        if self.cache_price:
+            paid = paid + self.cache_price * price * spent.cache
         if self.balance_price:
-            paid = paid + self.balance_price * balance
-        return (weight * paid).mean(), compute
+            paid = paid + self.balance_price * spent.balance
+        return (weight * paid).mean(), spent.compute
 
-    def _episode(self, tokens: Tensor, price: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of sampled routing, expected compute and expected excess load of each token, all with gradients."""
+    def _episode(self, tokens: Tensor, price: Tensor) -> tuple[Tensor, Spent]:
+        """Logits of sampled routing and what it is expected to cost, with gradients."""
         state, compute = self.backbone.begin(tokens, price), torch.zeros_like(price)
-        balance = torch.zeros_like(price)
+        cache = balance = torch.zeros_like(price)
         while state.site_index < len(self.backbone.sites):
             view = self.backbone.observe(state)
             logits = self.router.view_logits(_detached(view))
-            unit = self.meter.unit_flops(view.index, state.positions) / self.meter.native_flops
+            positions = state.positions
             if self.config.relaxation == "straight_through":
                 chance = logits.sigmoid()
                 subset = self._uniform(chance) < chance
@@ -201,10 +216,12 @@ class GateTrainer:
                 chance = (logits - TEMPERATURE * torch.tensor(-low / high).log().to(logits)).sigmoid()
                 degree = ((self._uniform(logits).logit(1e-6) + logits) / TEMPERATURE).sigmoid() * (high - low) + low
                 state = self.backbone.advance(state, None, degree.clamp(0, 1))
-            compute = compute + chance.sum(1) * unit.float()
+            compute = compute + self.meter.expected_compute(view.index, chance, positions)
+            if self.cache_price:
+                cache = cache + self.meter.cache_bytes(view.index, chance) / self.meter.native_cache_bytes
             if self.balance_price and view.site.kind == "experts":
                 balance = balance + chance @ load_excess(chance, view.site.native_units)
-        return self.backbone.finish(state), compute, balance
+        return self.backbone.finish(state), Spent(compute, cache, balance)
 
     def _uniform(self, like: Tensor) -> Tensor:
         return torch.rand(like.shape, generator=self.noise).to(like.device)

@@ -41,6 +41,25 @@ def test_compute_worked_by_hand(tiny_config):
     assert relative_compute(tiny_config, tiny_config) == (1.0, 1.0)
 
 
+def test_compute_where_keys_are_dropped_worked_by_hand(tiny_config):
+    """Keys and values of 2 * 32 * 32 FLOPs each move from the fixed part to the heads."""
+    compute, total = relative_compute(replace(tiny_config, top_k=1), tiny_config, "query_key_value")
+    assert compute == pytest.approx((5184 + 4096 + 3072) / (5184 + 4096 + 6144))
+    assert total == relative_compute(replace(tiny_config, top_k=1), tiny_config)[1]
+
+
+def test_cache_of_fewer_heads_is_a_share_of_the_main_one(tiny_config, tiny_corpus):
+    main = load_or_train(tiny_corpus, tiny_config, PRETRAIN)
+    main.head_meaning = "query_key_value"
+    evaluator = Evaluator(main, tiny_corpus.test, max_tokens=160)
+    shares = {}
+    for model in smaller_models(tiny_config):
+        point = score_smaller_model(model, evaluator, tiny_corpus, PRETRAIN)
+        shares[model.setting.get("num_heads", 4)] = point.cache
+        assert (point.compute, point.compute_total) == relative_compute(model.config, tiny_config, "query_key_value")
+    assert shares == {4: 1.0, 3: 0.75, 2: 0.5}
+
+
 @pytest.fixture
 def scored(tiny_config, tiny_corpus):
     main = load_or_train(tiny_corpus, tiny_config, PRETRAIN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -88,11 +89,12 @@ class TokenRollouts:
     @torch.no_grad()
     def _walk(self, tokens: Tensor, cache: PastKeys, choose: Callable[[SiteView], Tensor]) -> tuple[list[Any], Tensor]:
         """States before every site, and logits of the last position."""
-        states = [self.backbone.begin(tokens, cache=cache)]
-        for _ in self.backbone.sites:
-            subset = choose(self.backbone.observe(states[-1]))
-            states.append(self.backbone.advance(states[-1], subset))
-        return states[:-1], self.backbone.finish(states[-1])[:, -1]
+        with _all_keys(self.backbone):
+            states = [self.backbone.begin(tokens, cache=cache)]
+            for _ in self.backbone.sites:
+                subset = choose(self.backbone.observe(states[-1]))
+                states.append(self.backbone.advance(states[-1], subset))
+            return states[:-1], self.backbone.finish(states[-1])[:, -1]
 
     def choose(self, chosen: Sequence[Tensor]) -> None:
         """Take other subsets, shapes as in `chosen`."""
@@ -129,7 +131,11 @@ class TokenRollouts:
             state = branch if state is None else _join(state, branch)
             subset = torch.cat((self.chosen[index][rows], subsets[allowed]))
             rows = torch.cat((rows, own))
-            state = self.backbone.advance(replace(state, cache=self._past.branch(rows)), subset) if len(rows) else None
+            if not len(rows):
+                state = None
+                continue
+            with _all_keys(self.backbone):
+                state = self.backbone.advance(replace(state, cache=self._past.branch(rows)), subset)
         results = [torch.full(allowed.shape, -torch.inf, device=rows.device) for _, allowed in moves]
         if len(rows):
             reached = quality(self.backbone.finish(state)[:, -1], rows)
@@ -137,6 +143,15 @@ class TokenRollouts:
             for result, (_, allowed), part in zip(results, moves, parts, strict=True):
                 result[allowed] = part
         return results
+
+
+def _all_keys(backbone: Any) -> AbstractContextManager[None]:
+    """Compute under the head meaning whose cache `PastKeys` is.
+
+    Any gives the same here, as the past is native and a token finds its own key. What a unit costs follows the
+    backbone's own.
+    """
+    return backbone.using(head_meaning="query") if hasattr(backbone, "using") else nullcontext()
 
 
 def subset_compute(subsets: Sequence[Tensor], unit_compute: Tensor) -> Tensor:

@@ -14,16 +14,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from envs import EnvConfig, RoutingEnv, RoutingMDP, RoutingVecEnv, RoutingVectorEnv, TokenSource
+from envs import EnvConfig, RoutingEnv, RoutingMDP, RoutingVecEnv, RoutingVectorEnv, TokenSource, rollout
 from moe_backbone import MoETransformer
 from moe_backbone.attention import KeyValueCache
 from moe_backbone.kernels import count_rows
+from moe_backbone.sites import HeadMeaning
 
 SEED = 5
 NUM_SEQUENCES = 2
 TOLERANCE = 2e-5
 """Absolute, float32: observations and rewards are of the order of 1 after four sublayers."""
 QUALITIES: tuple[Literal["kl", "log_likelihood", "accuracy"], ...] = ("kl", "log_likelihood", "accuracy")
+MEANINGS: tuple[HeadMeaning, ...] = ("query", "query_key_value")
 CODECS = ("subset", "count", "ranked")
 INFO_NAMES = ("cost", "quality", "price", "vector_reward", "reward_weights")
 FLAVOURS = {
@@ -125,6 +127,7 @@ def check_orders_agree(by_site: Rollout, by_token: Rollout) -> None:
         np.testing.assert_allclose(by_token.info[name], by_site.info[name], rtol=0, atol=TOLERANCE, err_msg=name)
 
 
+@pytest.mark.parametrize("meaning", MEANINGS)
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("action", CODECS)
 @pytest.mark.parametrize("quality", QUALITIES)
@@ -134,10 +137,13 @@ def test_decoding_equals_running_site_by_site(
     quality: Literal["kl", "log_likelihood", "accuracy"],
     action: Literal["subset", "count", "ranked"],
     flavour: str,
+    meaning: HeadMeaning,
 ) -> None:
     """Observations, rewards, costs and info of random per-token actions do not depend on the order of the walk."""
     backbone = MoETransformer(replace(backbone.config, **FLAVOURS[flavour])).requires_grad_(False).eval()
-    by_site, by_token = _both_orders(backbone, source, EnvConfig(quality=quality, action=action))
+    backbone.head_meaning = meaning
+    config = EnvConfig(quality=quality, action=action, cache_price=0.3 if meaning == "query_key_value" else 0.0)
+    by_site, by_token = _both_orders(backbone, source, config)
     check_orders_agree(by_site, by_token)
     assert by_site.rewards.std() > 0.01
 
@@ -147,6 +153,16 @@ def test_the_comparison_sees_a_cache_that_forgets(
 ) -> None:
     """Decoding without the keys and values of earlier tokens is another MDP, and the check says so."""
     monkeypatch.setattr(KeyValueCache, "extend", lambda self, layer, keys, values: (keys, values))
+    with pytest.raises(AssertionError):
+        check_orders_agree(*_both_orders(backbone, source, EnvConfig()))
+
+
+def test_the_comparison_sees_a_cache_that_miscounts_its_keys(
+    source: TokenSource, backbone: MoETransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where keys are dropped, costs depend on how many earlier tokens kept."""
+    backbone.head_meaning = "query_key_value"
+    monkeypatch.setattr(rollout.Rollout, "earlier_keys", property(lambda self: None))
     with pytest.raises(AssertionError):
         check_orders_agree(*_both_orders(backbone, source, EnvConfig()))
 

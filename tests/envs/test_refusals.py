@@ -154,10 +154,9 @@ def test_step_needs_a_reset(
     env.step(ALL_UNITS[0])
 
 
-def test_heads_that_drop_keys_are_refused(backbone: MoETransformer, source: TokenSource) -> None:
-    """What later tokens save by it would be charged all the same."""
-    with (
-        backbone.using(head_meaning="query_key_value"),
-        pytest.raises(ValueError, match=r"head_meaning must be query, .* got query_key_value"),
-    ):
-        RoutingMDP(backbone, source, EnvConfig())
+def test_a_price_of_the_cache_needs_keys_that_can_be_dropped(backbone: MoETransformer, source: TokenSource) -> None:
+    """Under the other head meaning every token leaves the same."""
+    with pytest.raises(ValueError, match=r"cache_price must be 0 where every token leaves .*, got 0\.5"):
+        RoutingMDP(backbone, source, EnvConfig(cache_price=0.5))
+    with pytest.raises(ValueError, match=r"cache_price must be at least 0, got -1"):
+        EnvConfig(cache_price=-1)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,11 @@ from evaluation import (
     loss_at,
     scores_along,
 )
+from evaluation.curves import cache_along
+
+
+def with_cache(scored, share):
+    return replace(scored, held_out=replace(scored.held_out, cache=share))
 
 
 def test_interpolates_between_neighbours(make_scored):
@@ -21,6 +28,15 @@ def test_interpolates_between_neighbours(make_scored):
     assert accuracy_at(curve, 0.5) == pytest.approx(0.65)
     assert loss_at(curve, 0.4) == 2.0
     assert loss_at(curve, 0.8) == 1.0
+
+
+def test_cache_is_interpolated_as_scores_are(make_scored):
+    """Between .4 and .8 of compute in proportion, above them as the dearest, below not; mean over two seeds."""
+    one = [with_cache(make_scored(0.8, -1.0), 0.9), with_cache(make_scored(0.4, -2.0), 0.5)]
+    other = [with_cache(make_scored(0.8, -1.0), 0.7), make_scored(0.4, -2.0)]
+    np.testing.assert_allclose(cache_along([one], [0.4, 0.5, 0.9]), [0.5, 0.6, 0.9])
+    assert np.isnan(cache_along([one], [0.3])).all()
+    np.testing.assert_allclose(cache_along([one, other], [0.8, 0.4]), [0.8, 0.75])
 
 
 def test_does_not_extrapolate_below_the_cheapest_setting(make_scored):

@@ -52,6 +52,27 @@ def test_compute_by_hand(evaluator, tiny_config):
     assert point.usage.sum(axis=1) == pytest.approx(1.0)
 
 
+def test_compute_and_cache_where_keys_are_dropped_by_hand(tiny_backbone, tiny_corpus, tiny_config):
+    """One head of four keeps a quarter of the bytes; as all tokens use the same head, it finds 8.5 keys on average."""
+    tiny_backbone.head_meaning = "query_key_value"
+    evaluator = Evaluator(tiny_backbone, tiny_corpus.test, max_tokens=160, batch_sequences=3)
+    assert (evaluator.native.compute, evaluator.native.cache) == (1.0, 1.0)
+    point = evaluator.score("count", CountRouter(1), setting={"count": 1})
+    heads, expert = 8 * 32 * 8 + 4 * 8 * 8.5, 6 * 32 * 16
+    native, fixed = 4 * heads + 2 * expert, fixed_flops(tiny_config, "query_key_value") / 2
+    assert point.compute == pytest.approx((heads + expert) / native)
+    assert point.compute_total == pytest.approx((fixed + heads + expert) / (fixed + native))
+    assert point.cache == point.to_json()["cache"] == 0.25
+    first_half = SimpleNamespace(select=lambda view: (torch.arange(len(view.features)) % 16 < 8).unsqueeze(1))
+    some = SimpleNamespace(select=lambda view: first_half.select(view).expand(view.scores.shape))
+    assert evaluator.score("some", some, setting={}).cache == 0.5
+
+
+def test_cache_is_not_reported_where_no_key_is_dropped(evaluator):
+    assert evaluator.native.cache is None
+    assert "cache" not in evaluator.native.to_json()
+
+
 def test_own_cost_of_a_router_shows(evaluator):
     free = evaluator.score("free", CountRouter(1), setting={})
     dear = evaluator.score("dear", CountRouter(1, overhead_flops=0.05 * evaluator._meter.native_flops), setting={})

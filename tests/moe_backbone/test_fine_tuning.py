@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,20 @@ def test_learns_what_the_router_needs_and_leaves_the_start_alone(
     again = fine_tune(tmp_path / "tuned.safetensors", tiny_corpus, tiny_backbone, SETTINGS, SomeUnits, "cpu")
     assert again.sha256() == tuned.sha256()
     assert [path.name for path in tmp_path.glob("tuned*")] == ["tuned.safetensors"]
+
+
+def test_head_meaning_goes_with_the_backbone(
+    tiny_corpus: Corpus, tiny_backbone: MoETransformer, tmp_path: Path
+) -> None:
+    """It is trained under the meaning of its start, and comes out under it, whether it was kept or not."""
+    settings, tuned = replace(SETTINGS, steps=5, eval_every=5), {}
+    for meaning in ("query", "query_key_value"):
+        tiny_backbone.head_meaning = meaning  # type: ignore[assignment]
+        for _ in range(2):
+            backbone = fine_tune(tmp_path / meaning, tiny_corpus, tiny_backbone, settings, SomeUnits, "cpu")
+            assert backbone.head_meaning == meaning
+        tuned[meaning] = backbone.sha256()
+    assert tuned["query"] != tuned["query_key_value"]
 
 
 def test_interrupted_training_ends_like_one_that_was_not(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_backbone import BackboneConfig, ComputeMeter, MoETransformer, NativeRouter, Router, SiteView, fixed_flops
-from moe_backbone.compute import attended_keys
+from moe_backbone.compute import attended_keys, earlier_keys
 from moe_backbone.kernels import Backend, count_rows, kept_head_attention, rotate
 
 BACKENDS: tuple[Backend, ...] = ("reference", "compact")
@@ -201,6 +201,23 @@ def test_compute_of_three_tokens_and_two_heads_by_hand() -> None:
     assert meter.flops(0, THREE_TOKENS, positions).tolist() == [2 * (4 * 64 + 16), 4 * 64 + 2 * 16, 4 * 64 + 2 * 16]
     assert fixed_flops(config) - fixed_flops(config, "query_key_value") == 2 * 8 * (8 + 8)
     assert meter.native_flops - plain.native_flops == 2 * 8 * (8 + 8)
+
+
+def test_expected_compute_of_three_tokens_by_hand() -> None:
+    """A third token that uses head 0 by .5 finds .5 + .25 keys and its own there; chances of 0 and 1 are a subset."""
+    config = BackboneConfig(hidden_size=8, num_heads=2, num_layers=1, seq_len=3)
+    backbone, positions = MoETransformer(config).requires_grad_(False), torch.arange(3)
+    backbone.head_meaning = "query_key_value"
+    meter = ComputeMeter(backbone.sites, 3)
+    chance = torch.tensor([[0.5, 0.0], [0.25, 0.0], [0.5, 1.0]])
+    expected = [0.5 * (256 + 16), 0.25 * (256 + 1.5 * 16), 0.5 * (256 + 1.75 * 16) + 256 + 16]
+    compute = meter.expected_compute(0, chance, positions)
+    torch.testing.assert_close(compute, torch.tensor(expected) / meter.native_flops)
+    assert meter.cache_bytes(0, chance).tolist() == [0.5 * 32, 0.25 * 32, 1.5 * 32]
+    both, places = THREE_TOKENS.repeat(2, 1), positions.repeat(2)
+    certain = meter.expected_compute(0, both.float(), places)
+    torch.testing.assert_close(certain, meter.compute(0, both, places))
+    assert earlier_keys(THREE_TOKENS, positions).tolist() == [[0, 0], [1, 1], [1, 2]]
 
 
 def test_native_compute_is_exactly_one(backbone: MoETransformer, tiny_tokens: Tensor) -> None:

@@ -52,9 +52,13 @@ def routed_loss(trainer: GateTrainer, price: float) -> float:
     return lost.sum(-1).mean().item() + price * mean_compute(router, trainer.backbone, batch.tokens)
 
 
+@pytest.mark.parametrize("meaning", ["query", "query_key_value"])
 @pytest.mark.parametrize("relaxation", ["straight_through", "hard_concrete"])
-def test_gates_learn(make_trainer: Callable[..., GateTrainer], relaxation: Any) -> None:
+def test_gates_learn(
+    make_trainer: Callable[..., GateTrainer], tiny_backbone: MoETransformer, relaxation: Any, meaning: Any
+) -> None:
     """At a low and at a high price the trained router is worth more than the prior, and a high price buys less."""
+    tiny_backbone.head_meaning = meaning
     trainer = make_trainer(replace(STEPS, steps=120, relaxation=relaxation))
     before = [routed_loss(trainer, price) for price in (0.02, 0.9)]
     assert trainer.run(progress=False)
@@ -64,6 +68,29 @@ def test_gates_learn(make_trainer: Callable[..., GateTrainer], relaxation: Any) 
     tokens = trainer.draw().tokens
     cheap, dear = (mean_compute(trainer.router.at_price(price), trainer.backbone, tokens) for price in (0.9, 0.02))
     assert cheap < dear - 0.1
+
+
+def test_a_price_of_the_cache_drops_keys(
+    make_trainer: Callable[..., GateTrainer], tiny_backbone: MoETransformer
+) -> None:
+    """Same text and draws: a dear cache leaves fewer keys than a free one; the expected cost is that of the meter."""
+    tiny_backbone.head_meaning = "query_key_value"
+    kept = {}
+    for cache_price in (0.0, 3.0):
+        trainer = make_trainer(replace(STEPS, steps=120), cache_price=cache_price)
+        trainer.run(progress=False)
+        _, subsets = trainer.backbone.run(trainer.draw().tokens, trainer.router.at_price(0.3))
+        shares = [trainer.meter.cache_bytes(index, subset).mean().item() for index, subset in enumerate(subsets)]
+        kept[cache_price] = sum(shares) / trainer.meter.native_cache_bytes
+    assert kept[3.0] < kept[0.0] - 0.1
+    batch = trainer.draw()
+    trainer.router.weight.data[:, -1] = 100.0  # every chance is 1
+    _, spent = trainer._episode(batch.tokens, batch.price.repeat_interleave(16))
+    everything = [torch.ones(48, site.num_units, dtype=torch.bool) for site in tiny_backbone.sites]
+    places = torch.arange(16).repeat(3)
+    costs = [trainer.meter.compute(index, subset, places) for index, subset in enumerate(everything)]
+    torch.testing.assert_close(spent.compute, torch.stack(costs).sum(0))
+    torch.testing.assert_close(spent.cache, torch.ones(48))
 
 
 def test_compensation_helps_and_is_trained(make_trainer: Callable[..., GateTrainer]) -> None:

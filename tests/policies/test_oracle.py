@@ -45,15 +45,18 @@ def measure(backbone, tokens, subsets, quality, position=POSITION):
     logits = backbone.run(past, OnlyLast(subsets))[0][:, -1]
     meter = ComputeMeter(backbone.sites, tokens.shape[1])
     places = torch.full((len(tokens),), position)
-    compute = sum(meter.compute(index, subset, places) for index, subset in enumerate(subsets))
+    earlier = torch.full((len(tokens), backbone.config.num_heads), position)  # the native past keeps every key
+    compute = sum(meter.compute(index, subset, places, earlier) for index, subset in enumerate(subsets))
     if quality == "divergence":
         return -token_divergence(native, logits), compute, logits
     return token_log_likelihood(logits, targets) - token_log_likelihood(native, targets), compute, logits
 
 
+@pytest.mark.parametrize("meaning", ["query", "query_key_value"])
 @pytest.mark.parametrize("position", [0, POSITION], ids=["first token", "later token"])
 @pytest.mark.parametrize("quality", QUALITIES)
-def test_quality_compute_and_logits_are_those_of_a_full_run(tiny_backbone, tiny_tokens, quality, position):
+def test_quality_compute_and_logits_are_those_of_a_full_run(tiny_backbone, tiny_tokens, quality, position, meaning):
+    tiny_backbone.head_meaning = meaning
     search, _ = make(tiny_backbone, tiny_tokens, quality, position)
     choice = search.best(0.02)
     expected = measure(tiny_backbone, tiny_tokens, choice.subsets, quality, position)
