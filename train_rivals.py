@@ -83,7 +83,7 @@ class RivalSettings:
 
     gating: GatingConfig = GatingConfig(steps=800)
     """As many steps as the learned router takes before and between its updates."""
-    gating_l0: GatingConfig = GatingConfig(steps=400, relaxation="hard_concrete")
+    gating_l0: GatingConfig = GatingConfig(steps=400, relaxation="hard_concrete", sharpness=(1.0, 1.0))
     """Every expert of every token runs and learns in these steps, which makes them twice as long."""
     cost_weights: tuple[float, ...] = (0.006, 0.012, 0.025, 0.05, 0.1)
     """Ada-K has no price as an input: one policy for each point."""
@@ -319,8 +319,9 @@ def _gating(job: Job, settings: GatingConfig) -> list[RivalPoint]:
     """Back-propagation alone, with the inputs and the compensation of the learned router."""
     from training_run import build_gates
 
+    spec = router_spec(job.config, job.backbone)
+
     def train(progress: Callable[[], object]) -> None:
-        spec = router_spec(job.config, job.backbone)
         router, parts = LinearRouter(spec).to(next(job.backbone.parameters()).device), (job.corpus, job.backbone)
         trainer = build_gates(replace(job.config, seed=job.seed), settings, router, parts)
         for _ in range(settings.steps):
@@ -328,7 +329,7 @@ def _gating(job: Job, settings: GatingConfig) -> list[RivalPoint]:
             progress()
         save_router(router, job.kept, job.backbone)
 
-    job.train_once(asdict(settings), settings.steps, train)
+    job.train_once(asdict(settings) | {"router": spec.to_json()}, settings.steps, train)
     return job.at_prices(load_router(job.kept, job.backbone))
 
 

@@ -27,7 +27,7 @@ class PPOConfig:
     """`leave_one_out`: against other rollouts of the same tokens, no critic. `gae`: SB3's own, with a critic."""
     num_sequences: int = 8
     """Different sequences of an update; each is rolled out `env.rollouts_per_sequence` times."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     """Adam's learning rate at the start; falls linearly to 3 % of it."""
     n_epochs: int = 3
     """Passes over an update's rollouts."""

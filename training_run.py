@@ -126,7 +126,8 @@ class Run:
         if first is not None:
             self.router.load_state_dict(first.router.state_dict())
             self.total_timesteps, self._stage = config.total_timesteps // 2, "adapted"
-            self.gating = replace(self.gating, steps=self.gating.steps // 2)
+            sharpness = self.gating.sharpness[1]  # it has learned to be sharp already
+            self.gating = replace(self.gating, steps=self.gating.steps // 2, sharpness=(sharpness, sharpness))
         self.checkpoint = folder / "checkpoints" / f"{self._stage}.zip"
         if self.checkpoint.exists():
             self._restore()

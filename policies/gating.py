@@ -45,6 +45,10 @@ class GatingConfig:
     relaxation: Relaxation = "straight_through"
     """`straight_through`: units are sampled, and a bit's gradient is what turning its unit round would change, to first
     order. `hard_concrete`: units run to a sampled degree (arXiv:1712.01312)."""
+    sharpness: tuple[float, float] = (1.0, 5.0)
+    """Factor on the router's logits at the start and at the end, linear between; PPO draws with it too. The larger, the
+    closer are the units drawn to those that the router decides for without chance, on which it is judged; and the
+    fewer others it tries."""
     price_balance: float = 0.5
     """Sequences count in proportion to `price ** -price_balance`."""
     max_grad_norm: float = 0.5
@@ -56,6 +60,7 @@ class GatingConfig:
         require_at_least(self, 0, "steps", "per_update")
         require_at_least(self, 1, "num_sequences", "save_every")
         require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}")
+        require(min(self.sharpness) > 0, f"sharpness must be positive, got {self.sharpness}")
         known = get_args(Relaxation)
         require(self.relaxation in known, f"relaxation must be one of {', '.join(known)}, got {self.relaxation!r}")
 
@@ -138,6 +143,7 @@ class GateTrainer:
         maps, constants = [router.weight, router.price_weight], list(router.compensation_parameters())
         self.groups = [group for group in (maps, constants) if group]
         self.optimizer = torch.optim.Adam(maps + constants, lr=config.learning_rate, eps=1e-5)
+        self._sharpen()
         if checkpoint is not None and checkpoint.exists():
             read_whole(checkpoint, "gates", self._read)
 
@@ -179,6 +185,7 @@ class GateTrainer:
             torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm)
         self.optimizer.step()
         self.step += 1
+        self._sharpen()
         return torch.stack((loss, compute.mean())).detach()
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -226,6 +233,11 @@ class GateTrainer:
     def _uniform(self, like: Tensor) -> Tensor:
         return torch.rand(like.shape, generator=self.noise).to(like.device)
 
+    def _sharpen(self) -> None:
+        """The router's sharpness for the next step."""
+        first, last = self.config.sharpness
+        self.router.sharpness = first + (last - first) * self.step / max(1, self.total)
+
     def state(self) -> dict[str, Any]:
         """Everything that `restore` needs to go on to the bit."""
         kept = json.dumps(self.generators[0]()) if self.generators else ""
@@ -238,6 +250,7 @@ class GateTrainer:
         self.noise.set_state(state["noise"].cpu())
         self.router.load_state_dict(state["router"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._sharpen()
         if self.generators and state["generators"]:
             self.generators[1](json.loads(state["generators"]))
 

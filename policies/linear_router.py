@@ -72,7 +72,8 @@ class RouterSpec:
 class LinearRouter(nn.Module):
     """Chooses a unit where its logit is positive.
 
-    logit = prior(gate) + (weight[site] + centred_log_price * price_weight[site]) applied to (features, scores, 1).
+    logit = sharpness * (prior(gate) + (weight[site] + centred_log_price * price_weight[site]) applied to
+    (features, scores, 1)).
     Weights start at zero, so an untrained router follows the prior. With the same price for all tokens (`at_price`) the
     price folds into the weights, and a site costs one product of width `num_inputs`; otherwise two.
 
@@ -84,12 +85,15 @@ class LinearRouter(nn.Module):
         price_weight: Same shape.
         compensation: Constants in place of skipped units, or None.
         calibration: What it spends at each price, or None before that was measured.
+        sharpness: Factor on all logits. A decision without chance is the same for any; where units are drawn, as in
+            training, a larger one draws fewer of them against that decision. 1 but in training, and not saved.
     """
 
     def __init__(self, spec: RouterSpec) -> None:
         super().__init__()
         self.spec = spec
         self.calibration: Calibration | None = None
+        self.sharpness = 1.0
         shape = (len(spec.sites), spec.num_inputs, spec.max_units)
         self.weight = nn.Parameter(torch.zeros(shape))
         self.price_weight = nn.Parameter(torch.zeros(shape))
@@ -182,7 +186,7 @@ class LinearRouter(nn.Module):
         """
         weights = torch.cat((self.weight, self.price_weight), dim=2) * self.has_unit.repeat(1, 1, 2)
         plain, priced = torch.bmm(inputs, weights).chunk(2, dim=2)
-        return torch.addcmul(plain + priors, self.centred_log_price(log_price), priced)
+        return self.sharpness * torch.addcmul(plain + priors, self.centred_log_price(log_price), priced)
 
     def one_site_logits(self, index: int, inputs: Tensor, prior: Tensor, log_price: Tensor) -> Tensor:
         """Logits at one site.
@@ -198,7 +202,7 @@ class LinearRouter(nn.Module):
         """
         weights = torch.cat((self.weight[index], self.price_weight[index]), dim=1) * self.has_unit[index].repeat(1, 2)
         plain, priced = (inputs @ weights).chunk(2, dim=1)
-        return torch.addcmul(plain + prior, self.centred_log_price(log_price), priced)
+        return self.sharpness * torch.addcmul(plain + prior, self.centred_log_price(log_price), priced)
 
     def view_logits(self, view: SiteView) -> Tensor:
         """Logits of the site's units (num_tokens, num_units), float32."""

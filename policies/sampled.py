@@ -20,7 +20,6 @@ class SampledRouter:
         router: Learned.
         native_share: Chance of a native sequence.
         prices: Lowest and highest price, nats per native compute; drawn log-uniformly.
-        sharpness: Factor on the router's logits; above 1 units near the threshold are drawn less at random.
         generator: Of all draws.
 
     Raises:
@@ -34,11 +33,10 @@ class SampledRouter:
         native_share: float,
         prices: tuple[float, float],
         generator: torch.Generator,
-        sharpness: float = 1.5,
     ) -> None:
         require(0 <= native_share <= 1, f"native_share must lie in [0, 1], got {native_share}")
         require(0 < prices[0] <= prices[1], f"prices must be positive and ascending, got {prices}")
-        self.router, self.native_share, self.sharpness = router, native_share, sharpness
+        self.router, self.native_share = router, native_share
         self.log_prices = torch.tensor(prices).log()
         self.generator = generator
 
@@ -55,7 +53,7 @@ class SampledRouter:
             low, high = self.log_prices
             rows = self._uniform(view, 2, num_sequences).repeat_interleave(seq_len, dim=1)
             self._native, self._price = rows[0] < self.native_share, (low + (high - low) * rows[1]).exp()
-        logits = self.sharpness * self.router.view_logits(replace(view, price=self._price))
+        logits = self.router.view_logits(replace(view, price=self._price))
         drawn = self._uniform(view, *logits.shape) < logits.sigmoid()
         return torch.where(self._native.unsqueeze(1), NativeRouter().select(view), drawn)
 
