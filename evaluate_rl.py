@@ -86,7 +86,8 @@ class EvaluationConfig:
     greedy_tokens: int = 8_192
     """Training tokens that the greedy search and the ranking of heads look at."""
     routers: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--routers",))] = ()
-    """Routers beside the learned one, by name or prefix; `all` for every one; none for those that need no training."""
+    """Routers beside the learned one, by name or prefix; `all` for every one; none for those that need no training.
+    `smaller-native` trains six smaller backbones on first use and must be named."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "max_tokens", "selection_tokens", "num_prices", "greedy_tokens")
@@ -94,11 +95,11 @@ class EvaluationConfig:
             if prefix != ALL and not any(name.startswith(prefix) for name in known_routers()):
                 raise ValueError(f"routers must name some of {' '.join(known_routers())}, or be {ALL}, got {prefix}")
 
-    def wants(self, name: str, *, trained: bool = False) -> bool:
-        """Whether the router of this name is scored."""
-        if not self.routers or ALL in self.routers:
+    def wants(self, name: str, *, trained: bool = False, rival: bool = True) -> bool:
+        """Whether the router of this name is scored; what is no router at all, only if it is named."""
+        if not self.routers or (ALL in self.routers and rival):
             return not trained or ALL in self.routers
-        return name.startswith(self.routers)
+        return name.startswith(tuple(prefix for prefix in self.routers if prefix != ALL))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +181,7 @@ def evaluate(context: Context, learned: Mapping[int, LinearRouter]) -> Evaluatio
     specs: list[PointSpec] = [*fixed_points(context)]
     bounds = set()
     for family in FAMILIES:
-        if context.config.wants(family.name, trained=True):
+        if context.config.wants(family.name, trained=True, rival=family.rival):
             made = family.make(context)
             specs += made
             bounds |= {spec.name for spec in made if not family.rival}

@@ -32,7 +32,7 @@ class Family:
     """Gives a spec for each setting and seed (`name`, `setting`, `router`, `seed`); keeps what it trains in the run
     folder of the context, so that the next call is short."""
     rival: bool = True
-    """Whether it can be the best other router; False for what is no router, or a bound."""
+    """Whether it is a router, which can be the best other one; what is none is made only if it is named."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -168,7 +168,7 @@ def test_impossible_settings_are_refused(
 
 
 def test_only_all_or_a_name_asks_for_families_that_train(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing named: what needs no training. `all`: everything. A prefix: what starts with it."""
+    """Nothing named: what needs no training. `all`: every router. A prefix: what starts with it."""
     _families(monkeypatch)
     wanted = {
         names: [name for name, trained in (("top-k", False), ("fake", True)) if config.wants(name, trained=trained)]
@@ -176,6 +176,9 @@ def test_only_all_or_a_name_asks_for_families_that_train(monkeypatch: pytest.Mon
         for config in [EvaluationConfig(routers=names)]
     }
     assert wanted == {(): ["top-k"], ("all",): ["top-k", "fake"], ("top",): ["top-k"], ("fa",): ["fake"]}
+    for names, scored in ((("all",), False), (("all", "small"), True), (("small",), True)):
+        assert EvaluationConfig(routers=names).wants("small", trained=True, rival=False) == scored
+    assert not EvaluationConfig(routers=("all",)).wants("all-of-them", trained=True, rival=False)
     with pytest.raises(
         ValueError, match=r"routers must name some of top-k .* fake small oracle, or be all, got nonsense"
     ):
