@@ -61,7 +61,7 @@ class DQNSettings:
 
     num_sequences: int = 8
     """Sequences that run at once."""
-    episodes: int = 200
+    episodes: int = 150
     """Times that all of them run."""
     gradient_steps: int = 16
     """After each episode."""
@@ -83,7 +83,7 @@ class RivalSettings:
 
     gating: GatingConfig = GatingConfig(steps=800)
     """As many steps as the learned router takes before and between its updates."""
-    gating_l0: GatingConfig = GatingConfig(steps=400, relaxation="hard_concrete", sharpness=(1.0, 1.0))
+    gating_l0: GatingConfig = GatingConfig(steps=300, relaxation="hard_concrete", sharpness=(1.0, 1.0))
     """Every expert of every token runs and learns in these steps, which makes them twice as long."""
     cost_weights: tuple[float, ...] = (0.006, 0.012, 0.025, 0.05, 0.1)
     """Ada-K has no price as an input: one policy for each point."""
