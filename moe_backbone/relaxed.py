@@ -42,22 +42,22 @@ def switch_experts(
     Example: expert outputs 2 and 6 of equal gate probability, the first one on: switching the second on changes 2 to
     4, switching the first off 2 to 0, so the gradients are 2 and 2.
     """
-    return _Turn.apply(switch, layer, rows.detach(), scores.detach(), subset, update.detach(), compensation)
+    return _Turn.apply(switch, update.detach(), layer, rows.detach(), scores.detach(), subset, compensation)
 
 
 class _Turn(torch.autograd.Function):
     """Nothing forward; backward what each switch changes along the pull, without making the changes themselves."""
 
     @staticmethod
-    def forward(ctx: Any, switch: Tensor, *parts: Any) -> Tensor:
-        """Zeros of the update's shape."""
-        ctx.parts = parts
-        return torch.zeros_like(parts[4])
+    def forward(ctx: Any, switch: Tensor, update: Tensor, *parts: Any) -> Tensor:
+        """Zeros of the update's shape; arguments as `switch_experts` names them."""
+        ctx.parts = update, *parts
+        return torch.zeros_like(update)
 
     @staticmethod
     def backward(ctx: Any, pull: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of the switch (num_tokens, num_experts)."""
-        layer, rows, scores, subset, update, compensation = ctx.parts
+        update, layer, rows, scores, subset, compensation = ctx.parts
         sign = 1 - 2 * subset.to(update.dtype)  # of turning an expert round
         before = (pull * update).sum(1, keepdim=True)
         after = _turned(layer, rows, scores, subset, before, update, pull)

@@ -60,10 +60,14 @@ def episode_metrics(mdp: Any) -> dict[str, float]:
     native = token_log_likelihood(native_logits, batch.targets).mean()
     correct = token_correct(logits, batch.targets).mean()
     native_correct = token_correct(native_logits, batch.targets).mean()
-    kept = sum(mdp.meter.cache_bytes(index, subset) for index, subset in enumerate(mdp.subsets))
-    cache = kept / mdp.meter.native_cache_bytes
+    cost, extra = compute, {}
+    if mdp.drops_keys:
+        kept = sum(mdp.meter.cache_bytes(*place) for place in enumerate(mdp.subsets)) / mdp.meter.native_cache_bytes
+        cost, extra["routing/cache"] = compute + mdp.config.cache_price * kept, kept.mean()
+    if mdp.config.balance_price:
+        extra["reward/balance"] = -sum(mdp.balance(*place).mean() for place in enumerate(mdp.subsets))
     metrics = {
-        "reward/cost": -(price * (compute + mdp.config.cache_price * cache)).mean(),
+        "reward/cost": -(price * cost).mean(),
         "reward/quality": mdp.quality.mean(),
         "routing/compute": compute.mean(),
         "routing/price": price.log().mean().exp(),
@@ -71,11 +75,8 @@ def episode_metrics(mdp: Any) -> dict[str, float]:
         "quality/log_likelihood_minus_native": routed - native,
         "quality/accuracy": correct,
         "quality/accuracy_minus_native": correct - native_correct,
-    } | load_metrics(sites, mdp.subsets)
-    if mdp.drops_keys:
-        metrics["routing/cache"] = cache.mean()
-    if mdp.config.balance_price:
-        metrics["reward/balance"] = -sum(mdp.balance(*place).mean() for place in enumerate(mdp.subsets))
+    }
+    metrics |= load_metrics(sites, mdp.subsets) | extra
     return dict(zip(metrics, torch.stack([value.double() for value in metrics.values()]).tolist(), strict=True))
 
 

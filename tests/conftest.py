@@ -196,16 +196,25 @@ def tiny_run(run_world: Path) -> TinyRun:
 
 
 @pytest.fixture(scope="session")
-def finished(run_world: Path, tiny_run: TinyRun) -> Path:
-    """Folder of one whole run, started as from a shell."""
+def start_run(run_world: Path, tiny_run: TinyRun) -> Callable[..., Path]:
+    """Makes the folder of a whole run of this name, started as from a shell with these settings and further words."""
     from train_rl import main  # needs Stable-Baselines3, without which the tests of the backbone run too
 
-    run_dir = run_world / "finished"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ROUTEGYM_CACHE", str(run_world / "cache"))
-        patch.setattr("sys.argv", ["train_rl.py", *tiny_run.words(run_dir)])
-        main()
-    return run_dir
+    def start(name: str, *more: str, **changes: Any) -> Path:
+        run_dir = run_world / name
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ROUTEGYM_CACHE", str(run_world / "cache"))
+            patch.setattr("sys.argv", ["train_rl.py", *tiny_run.words(run_dir, **changes), *more])
+            main()
+        return run_dir
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def finished(start_run: Callable[..., Path]) -> Path:
+    """Folder of one whole run."""
+    return start_run("finished")
 
 
 @pytest.fixture

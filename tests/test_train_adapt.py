@@ -22,13 +22,9 @@ QUICK = {"evaluation__routers": "top-k", "adapt_backbone": 6}
 
 
 @pytest.fixture(scope="module")
-def adapted(run_world: Path, tiny_run: Any) -> Path:
+def adapted(start_run: Callable[..., Path]) -> Path:
     """Folder of a run whose backbone was adapted."""
-    run_dir = run_world / "adapted"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ROUTEGYM_CACHE", str(run_world / "cache"))
-        main(tiny_run.words(run_dir, **QUICK))
-    return run_dir
+    return start_run("adapted", **QUICK)
 
 
 def test_run_brings_its_own_backbone(tiny_run: Any, adapted: Path, finished: Path) -> None:

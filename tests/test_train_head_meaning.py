@@ -22,13 +22,9 @@ MEANING = {"head_meaning": "query_key_value", "env__cache_price": 0.5}
 
 
 @pytest.fixture(scope="module")
-def dropped(run_world: Path, tiny_run: Any) -> Path:
+def dropped(start_run: Callable[..., Path]) -> Path:
     """Folder of a run under `query_key_value`."""
-    run_dir = run_world / "dropped"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ROUTEGYM_CACHE", str(run_world / "cache"))
-        main([*tiny_run.words(run_dir, **MEANING), "--evaluation.routers", *ROUTERS])
-    return run_dir
+    return start_run("dropped", "--evaluation.routers", *ROUTERS, **MEANING)
 
 
 def test_every_point_says_how_much_of_the_cache_it_keeps(dropped: Path) -> None:
