@@ -241,7 +241,7 @@ def write_report(evaluation: Evaluation, context: Context) -> Figure:
     content = build_evaluation(
         evaluation,
         corpus=corpus.name,
-        backbone="moe-transformer",
+        backbone=backbone.name,
         sha256=backbone.sha256(),
         parameters=backbone.num_parameters,
     )

@@ -14,10 +14,8 @@ from evaluation.intervals import DocumentSums, FloatArray
 from evaluation.points import Point
 from evaluation.tally import Tally
 from moe_backbone import Backbone, ComputeMeter, NativeRouter, Router, token_correct, token_log_likelihood
-from moe_backbone import fixed_flops as config_fixed_flops
 from moe_backbone.corpus import Split
 from moe_backbone.kernels import count_rows
-from moe_backbone.sites import HeadMeaning
 
 
 class PointSpec(Protocol):
@@ -81,10 +79,7 @@ class Evaluator:
         self.backbone, self.split, self.sites = backbone, split, tuple(backbone.sites)
         self._device, self._batch_sequences = torch.device(device), batch_sequences
         self._meter = ComputeMeter(self.sites, seq_len)
-        if fixed_flops is None:
-            meaning: HeadMeaning = getattr(backbone, "head_meaning", "query")
-            fixed_flops = config_fixed_flops(backbone.config, meaning)  # type: ignore[attr-defined]
-        self._fixed_flops = fixed_flops
+        self._fixed_flops = backbone.fixed_flops if fixed_flops is None else fixed_flops
         self._tokens, self._targets, document_ids = split.windows(seq_len, max_tokens)
         documents, rows = np.unique(document_ids.numpy(), return_inverse=True)
         self._document_rows = rows.reshape(document_ids.shape)

@@ -84,6 +84,16 @@ class Backbone(Protocol):
         """Width of a token's features."""
         ...
 
+    @property
+    def name(self) -> str:
+        """What it is called where a reader must know which one is meant."""
+        ...
+
+    @property
+    def fixed_flops(self) -> float:
+        """FLOPs of one token that no routing can save."""
+        ...
+
     def sha256(self) -> str:
         """Hash of sizes and weights: what a router is tied to."""
         ...

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe_backbone.attention import Attention, KeptCache, KeyValueCache, rotation_table
 from moe_backbone.checks import require
 from moe_backbone.compensation import Compensation
-from moe_backbone.compute import transformer_sites
+from moe_backbone.compute import fixed_flops, transformer_sites
 from moe_backbone.config import BackboneConfig
 from moe_backbone.experts import ExpertLayer
 from moe_backbone.kernels import Backend, linear
@@ -249,6 +249,16 @@ class MoETransformer(nn.Module):
             yield
         finally:
             self.use_compensation(before)
+
+    @property
+    def name(self) -> str:
+        """What it is called where a reader must know which one is meant."""
+        return "moe-transformer"
+
+    @property
+    def fixed_flops(self) -> float:
+        """FLOPs of one token that no routing can save."""
+        return fixed_flops(self.config, self.head_meaning)
 
     @property
     def hidden_size(self) -> int:

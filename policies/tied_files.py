@@ -51,14 +51,15 @@ def read_files(folder: Path, parse: Callable[[dict[str, Any]], Parsed]) -> tuple
         ) from None
 
 
-def check_made_for(made_for: str, backbone: Backbone) -> None:
-    """Refuse what was made for another backbone.
+def check_made_for(made_for: str, backbone: Backbone, name: str | None = None) -> None:
+    """Refuse what was made for another backbone, which is called `name`.
 
     Raises:
         ValueError: If the hashes differ.
     """
     actual = backbone.sha256()
-    message = f"router must be made for this backbone (sha256 {actual[:12]}), got one for {made_for[:12]}"
+    other = made_for[:12] if name is None else f"{name} ({made_for[:12]})"
+    message = f"router must be made for this backbone, {backbone.name} (sha256 {actual[:12]}), got one for {other}"
     require(made_for == actual, message)
 
 
