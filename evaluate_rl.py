@@ -45,7 +45,7 @@ from evaluation.html_report import run_provenance, write_html_report
 from evaluation.profile import profile_split
 from evaluation.showcase import showcase
 from families import FAMILIES, native_control
-from moe_backbone import MoETransformer, NativeRouter
+from moe_backbone import Backbone, NativeRouter
 from moe_backbone.checks import require_at_least
 from moe_backbone.corpus import Corpus
 from moe_backbone.files import write_text_atomic
@@ -126,7 +126,7 @@ class LearnedPoint:
 class Context:
     """What routers are made from and scored on."""
 
-    backbone: MoETransformer
+    backbone: Backbone
     corpus: Corpus
     config: EvaluationConfig
     folder: Path
@@ -147,7 +147,7 @@ class Context:
 
 
 def evaluation_context(
-    backbone: MoETransformer,
+    backbone: Backbone,
     corpus: Corpus,
     config: EvaluationConfig,
     *,
@@ -223,7 +223,7 @@ def fixed_points(context: Context) -> Iterator[FixedPoint]:
         greedy = []
 
 
-def greedy_points(backbone: MoETransformer, corpus: Corpus, tokens: Tensor, targets: Tensor) -> list[GreedyPoint]:
+def greedy_points(backbone: Backbone, corpus: Corpus, tokens: Tensor, targets: Tensor) -> list[GreedyPoint]:
     """The greedy search's routers on training windows; searched once for a backbone, then kept in the cache."""
     meaning = "" if backbone.head_meaning == "query" else f"-{backbone.head_meaning}"
     key = f"greedy{meaning}-{backbone.sha256()[:12]}-{corpus.sha256[:12]}-{tokens.numel()}-v{GREEDY_VERSION}.json"

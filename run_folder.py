@@ -14,7 +14,10 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from moe_backbone.files import write_text_atomic
 
-LIBRARIES = ("torch", "gymnasium", "stable-baselines3", "numpy", "tensorboard", "safetensors", "routegym")
+LIBRARIES = (
+    *("torch", "gymnasium", "stable-baselines3", "numpy", "tensorboard", "safetensors", "transformers"),
+    "routegym",
+)
 Config = TypeVar("Config")
 
 

@@ -72,8 +72,8 @@ def score_smaller_model(
     Returns:
         The smaller model's native routing; its usage and units are those of its own sites.
     """
-    main: BackboneConfig = evaluator.backbone.config  # type: ignore[attr-defined]
-    meaning: HeadMeaning = evaluator.backbone.head_meaning  # type: ignore[attr-defined]
+    main: BackboneConfig = evaluator.backbone.config
+    meaning: HeadMeaning = evaluator.backbone.head_meaning
     backbone = load_or_train(corpus, model.config, pretrain, device=device)
     backbone.head_meaning = meaning
     own = Evaluator(backbone, evaluator.split, max_tokens=evaluator.num_tokens, device=device).native

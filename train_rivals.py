@@ -20,7 +20,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from tqdm import tqdm
 
 from envs import CorpusSource, EnvConfig, RoutingVecEnv
-from moe_backbone import MoETransformer, Router
+from moe_backbone import Backbone, Router
 from moe_backbone.corpus import Corpus
 from moe_backbone.files import write_text_atomic
 from policies.ada_k import AdaK, AdaKConfig
@@ -105,7 +105,7 @@ class RivalPoint:
     router: Router
 
 
-def router_spec(config: TrainConfig, backbone: MoETransformer) -> RouterSpec:
+def router_spec(config: TrainConfig, backbone: Backbone) -> RouterSpec:
     """Of the learned router of a run."""
     return RouterSpec(
         hidden_size=backbone.hidden_size,
@@ -127,7 +127,7 @@ class Job:
 
     name: str
     config: TrainConfig
-    backbone: MoETransformer
+    backbone: Backbone
     corpus: Corpus
     seed: int
     folder: Path
@@ -183,7 +183,7 @@ def _with_defaults(note: dict[str, Any]) -> dict[str, Any]:
 def train_rival(
     name: str,
     config: TrainConfig,
-    backbone: MoETransformer,
+    backbone: Backbone,
     corpus: Corpus,
     seed: int,
     folder: Path,

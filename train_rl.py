@@ -2,6 +2,7 @@
 
 python train_rl.py                      # small preset, minutes on a laptop CPU
 python train_rl.py base --device cuda   # larger backbone, one GPU
+python train_rl.py --checkpoint PATH --corpus TEXT    # your own mixture-of-experts model
 python train_rl.py --resume runs/NAME   # go on with an interrupted run
 """
 
@@ -14,17 +15,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from moe_backbone import MoETransformer
+from moe_backbone import Backbone, MoETransformer
 from moe_backbone.corpus import Corpus, load_corpus
 from moe_backbone.pretrain import load_weights
 from run_folder import describe_run, new_run_folder, read_config
 from training_config import PRESETS, TrainConfig
-from training_run import ADAPTED, Run, adapt, load_backbone
+from training_run import ADAPTED, Run, adapt, load_backbone, load_checkpoint, load_parts
 
 logger = logging.getLogger("train_rl")
 
@@ -44,13 +46,7 @@ def pick_device(name: str) -> str:
     return name
 
 
-def load_parts(config: TrainConfig, device: str) -> tuple[Corpus, MoETransformer]:
-    """The corpus and the trained backbone of a run."""
-    corpus = load_corpus(config.corpus, seq_len=config.backbone.seq_len)
-    return corpus, load_backbone(config, corpus, device)
-
-
-def load_run(folder: Path, device: str) -> tuple[TrainConfig, Corpus, MoETransformer]:
+def load_run(folder: Path, device: str) -> tuple[TrainConfig, Corpus, Backbone]:
     """Settings, corpus and backbone of a finished run, the backbone as it was adapted to the router if it was.
 
     Raises:
@@ -61,6 +57,7 @@ def load_run(folder: Path, device: str) -> tuple[TrainConfig, Corpus, MoETransfo
     if config.adapt_backbone:
         if not (folder / ADAPTED).exists():
             raise ValueError(f"run must have adapted its backbone (go on with --resume), got no {ADAPTED} in {folder}")
+        assert isinstance(backbone, MoETransformer)
         load_weights(backbone, folder / ADAPTED)
     return config, corpus, backbone
 
@@ -71,13 +68,15 @@ def run(config: TrainConfig) -> Path:
     if resumed is not None:
         config = read_config(resumed, TrainConfig)
     device = pick_device(config.device)
-    corpus = load_corpus(config.corpus, seq_len=config.backbone.seq_len)
+    parts: Any = load_checkpoint(config, device) if config.checkpoint else None  # what is wrong with it is told first
+    corpus = parts[0] if parts else load_corpus(config.corpus, seq_len=config.backbone.seq_len)
     folder = resumed or new_run_folder(config.run_dir, config.seed)
     logger.info("run: %s  (TensorBoard: tensorboard --logdir %s)", folder, folder.parent)
     try:
         if resumed is None:
             describe_run(folder, config)
-        current = Run(config, folder, corpus, load_backbone(config, corpus, device))
+        backbone = parts[1] if parts else load_backbone(config, corpus, device)
+        current = Run(config, folder, corpus, backbone)
         current.train()
         if config.adapt_backbone:
             current = adapt(config, folder, current)
@@ -93,8 +92,9 @@ def run(config: TrainConfig) -> Path:
             shutil.rmtree(folder)
         raise
     logger.info(
-        "training %.0f s, evaluation %.0f s; router, evaluation.json and tradeoff.png are in %s",
+        "training %.0f s, router of %s parameters, evaluation %.0f s; router, evaluation.json, tradeoff.png are in %s",
         trained - started,
+        f"{sum(weights.numel() for weights in current.router.parameters()):,}",
         time.perf_counter() - trained,
         folder,
     )

@@ -76,6 +76,17 @@ class TrainConfig:
     """Short looks at the validation documents during training, for TensorBoard."""
     checkpoint_every: int = 50
     """Updates between two checkpoints."""
+    checkpoint: str | None = None
+    """Route this instead of a backbone of our own: folder or hub id of a mixture-of-experts model of transformers, or
+    of a dense one, by its attention heads. Needs the extra `huggingface`; its weights are never changed."""
+    seq_len: int = 128
+    """Tokens of a window, for `checkpoint`."""
+    dtype: str = "auto"
+    """Of `checkpoint`: `auto` for its own, or `float32`, `bfloat16`, `float16`."""
+    device_map: str | None = None
+    """How transformers spreads `checkpoint` over devices, such as `auto`; needs accelerate."""
+    route_heads: bool = False
+    """Whether attention heads of `checkpoint` are routed beside its experts; only attending is saved then."""
     backbone: BackboneConfig = BackboneConfig()
     pretrain: PretrainConfig = PretrainConfig()
     env: EnvConfig = EnvConfig(rollouts_per_sequence=4, price_low=0.01, price_high=2.5)
@@ -107,6 +118,11 @@ class TrainConfig:
         rule = "env.cache_price must be 0 unless head_meaning is query_key_value"
         priced = self.env.cache_price > 0 and self.head_meaning == "query"
         require(not priced, f"{rule}, got {self.env.cache_price}")
+        if self.checkpoint is not None:
+            require(not self.adapt_backbone, f"adapt_backbone must be 0 for a checkpoint, got {self.adapt_backbone}")
+            require(
+                self.head_meaning == "query", f"head_meaning must be query for a checkpoint, got {self.head_meaning}"
+            )
         _ = self.pretraining  # refuses an impossible share
 
     @property

@@ -20,9 +20,10 @@ from stable_baselines3.common.utils import LinearSchedule
 from envs import CorpusSource, RoutingMDP, RoutingVecEnv
 from evaluate_rl import LearnedPoint, evaluate, evaluation_context, write_report
 from evaluation import Evaluator, Scored, loss_at, tradeoff_figure, usage_figure
-from moe_backbone import MoETransformer, NativeRouter
-from moe_backbone.corpus import Corpus
+from moe_backbone import Backbone, MoETransformer, NativeRouter
+from moe_backbone.corpus import Corpus, load_corpus
 from moe_backbone.files import write_atomic
+from moe_backbone.huggingface import HuggingFaceBackbone, TokenizerVocabulary, load_model, load_tokenizer
 from moe_backbone.pretrain import PretrainConfig, backbone_key, cache_folder, fine_tune, load_or_train
 from policies.calibration import Calibration, calibrate
 from policies.callbacks import GateSteps, PeriodicEvaluation, PeriodicSave, ProgressBar, RoutingMetrics
@@ -50,7 +51,33 @@ def load_backbone(config: TrainConfig, corpus: Corpus, device: str) -> MoETransf
     return backbone
 
 
-def build_model(config: TrainConfig, backbone: MoETransformer, corpus: Corpus) -> RoutingPPO:
+def load_parts(config: TrainConfig, device: str) -> tuple[Corpus, Backbone]:
+    """The corpus and the backbone of a run: a checkpoint of transformers, or one trained on the corpus."""
+    if config.checkpoint is not None:
+        return load_checkpoint(config, device)
+    corpus = load_corpus(config.corpus, seq_len=config.backbone.seq_len)
+    return corpus, load_backbone(config, corpus, device)
+
+
+def load_checkpoint(config: TrainConfig, device: str) -> tuple[Corpus, HuggingFaceBackbone]:
+    """The run's checkpoint, and the corpus in its tokens; says how much of its compute can be routed at all.
+
+    Raises:
+        ValueError: If it cannot be loaded, has no tokenizer, or nothing in it can be routed.
+    """
+    assert config.checkpoint is not None
+    tokenizer = load_tokenizer(config.checkpoint)
+    where: dict[str, Any] = {"device_map": config.device_map} if config.device_map else {"device": device}
+    model = load_model(config.checkpoint, dtype=config.dtype, **where)
+    name = Path(config.checkpoint).name if Path(config.checkpoint).exists() else config.checkpoint
+    heads = True if config.route_heads else None
+    backbone = HuggingFaceBackbone(model, seq_len=config.seq_len, heads=heads, name=name)
+    logger.info("checkpoint %s: %s", name, backbone.describe())
+    vocabulary = TokenizerVocabulary(tokenizer, backbone.config.vocab_size)
+    return load_corpus(config.corpus, seq_len=config.seq_len, vocabulary=vocabulary), backbone
+
+
+def build_model(config: TrainConfig, backbone: Backbone, corpus: Corpus) -> RoutingPPO:
     """Environment and PPO of a run."""
     ppo = config.ppo
     lanes = ppo.num_sequences * config.env.rollouts_per_sequence * backbone.config.seq_len
@@ -75,7 +102,7 @@ def build_model(config: TrainConfig, backbone: MoETransformer, corpus: Corpus) -
 
 
 def build_gates(
-    config: TrainConfig, gating: GatingConfig, router: LinearRouter, parts: tuple[Corpus, MoETransformer], **kept: Any
+    config: TrainConfig, gating: GatingConfig, router: LinearRouter, parts: tuple[Corpus, Backbone], **kept: Any
 ) -> GateTrainer:
     """Training of a router by back-propagation on the run's text and prices; `kept` goes to `GateTrainer`."""
     corpus, backbone = parts
@@ -118,7 +145,7 @@ class Run:
     """
 
     def __init__(
-        self, config: TrainConfig, folder: Path, corpus: Corpus, backbone: MoETransformer, first: Run | None = None
+        self, config: TrainConfig, folder: Path, corpus: Corpus, backbone: Backbone, first: Run | None = None
     ) -> None:
         self.config, self.folder, self.corpus, self.backbone = config, folder, corpus, backbone
         self.model = build_model(config, backbone, corpus)
@@ -277,6 +304,7 @@ def adapt(config: TrainConfig, folder: Path, first: Run) -> Run:
 
     settings = adaptation_settings(config)
     device = str(next(first.backbone.parameters()).device)
+    assert isinstance(first.backbone, MoETransformer)
     backbone = fine_tune(folder / ADAPTED, first.corpus, first.backbone, settings, sampled, device)
     return Run(config, folder, first.corpus, backbone, first)
 

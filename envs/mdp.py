@@ -21,7 +21,7 @@ from envs.native import NativeReference, to_device
 from envs.reward import quality, shared, step_reward
 from envs.rollout import Rollout, TokenBatch
 from envs.token_source import TokenSource
-from moe_backbone import ComputeMeter, MoETransformer, best_units
+from moe_backbone import Backbone, ComputeMeter, best_units
 from moe_backbone.checks import require, require_price
 from moe_backbone.compensation import Compensation
 from moe_backbone.compute import earlier_keys, load_excess
@@ -71,9 +71,7 @@ class RoutingMDP:
         compensation: Constants that a router brings in place of skipped units, or None; may be set at any time.
     """
 
-    def __init__(
-        self, backbone: MoETransformer, source: TokenSource, config: EnvConfig, *, num_sequences: int = 1
-    ) -> None:
+    def __init__(self, backbone: Backbone, source: TokenSource, config: EnvConfig, *, num_sequences: int = 1) -> None:
         if num_sequences < 1:
             raise ValueError(f"num_sequences must be at least 1, got {num_sequences}")
         self.drops_keys = any(site.drops_keys for site in backbone.sites)

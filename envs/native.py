@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from envs.rollout import block_sequences
-from moe_backbone import MoETransformer, NativeRouter
+from moe_backbone import Backbone, NativeRouter
 
 
 class NativeReference:
@@ -22,7 +22,7 @@ class NativeReference:
         max_bytes: Most bytes of logits kept; 0 keeps nothing.
     """
 
-    def __init__(self, backbone: MoETransformer, max_bytes: int) -> None:
+    def __init__(self, backbone: Backbone, max_bytes: int) -> None:
         self.backbone, self.max_bytes = backbone, max_bytes
         self.device = next(backbone.parameters()).device
         self._kept: dict[bytes, Tensor] = {}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from envs.layout import ObservationLayout
-from moe_backbone import MoETransformer
+from moe_backbone import Backbone
 from moe_backbone.compensation import Compensation
 from moe_backbone.transformer import RoutingState
 
@@ -86,7 +86,7 @@ class Rollout:
         positions: Place of the batch's tokens in their sequences.
     """
 
-    def __init__(self, backbone: MoETransformer, batch: TokenBatch, cache: Any | None = None) -> None:
+    def __init__(self, backbone: Backbone, batch: TokenBatch, cache: Any | None = None) -> None:
         num_sequences, num_tokens = batch.tokens.shape
         rows = num_sequences if cache is not None else block_sequences(batch.tokens, batch.copies)
         self.backbone = backbone

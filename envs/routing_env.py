@@ -14,7 +14,7 @@ from envs.actions import action_tensor
 from envs.config import EnvConfig
 from envs.mdp import RoutingMDP, Step, TokenBatch
 from envs.token_source import CorpusSource, TokenSource
-from moe_backbone import BackboneConfig, MoETransformer
+from moe_backbone import Backbone, BackboneConfig
 from moe_backbone.corpus import load_corpus
 from moe_backbone.pretrain import PretrainConfig, load_or_train
 
@@ -47,7 +47,7 @@ class RoutingEnv(gym.Env[np.ndarray, Any]):
 
     def __init__(
         self,
-        backbone: MoETransformer | None = None,
+        backbone: Backbone | None = None,
         source: TokenSource | None = None,
         config: EnvConfig | None = None,
         render_mode: str | None = None,
@@ -164,7 +164,7 @@ def step_info(step: Step, lane_prices: Tensor) -> dict[str, np.ndarray]:
     }
 
 
-def default_parts(backbone: MoETransformer | None, source: TokenSource | None) -> tuple[MoETransformer, TokenSource]:
+def default_parts(backbone: Backbone | None, source: TokenSource | None) -> tuple[Backbone, TokenSource]:
     """Fill in the default backbone and the training part of the default corpus where nothing was given."""
     if backbone is not None and source is not None:
         return backbone, source

@@ -18,7 +18,7 @@ from envs.mdp import RoutingMDP, Step, TokenBatch
 from envs.routing_env import default_parts, step_info
 from envs.token_source import TokenSource
 from envs.vector_env import sequences_for
-from moe_backbone import MoETransformer
+from moe_backbone import Backbone
 
 
 class RoutingVecEnv(VecEnv):
@@ -37,7 +37,7 @@ class RoutingVecEnv(VecEnv):
     def __init__(
         self,
         num_envs: int = 512,
-        backbone: MoETransformer | None = None,
+        backbone: Backbone | None = None,
         source: TokenSource | None = None,
         config: EnvConfig | None = None,
         seed: int = 0,

@@ -14,7 +14,7 @@ from envs.config import EnvConfig
 from envs.mdp import RoutingMDP
 from envs.routing_env import default_parts, draw_with, step_info
 from envs.token_source import TokenSource
-from moe_backbone import MoETransformer
+from moe_backbone import Backbone
 
 
 def sequences_for(num_envs: int, seq_len: int, rollouts_per_sequence: int) -> int:
@@ -51,7 +51,7 @@ class RoutingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def __init__(
         self,
         num_envs: int = 512,
-        backbone: MoETransformer | None = None,
+        backbone: Backbone | None = None,
         source: TokenSource | None = None,
         config: EnvConfig | None = None,
         render_mode: str | None = None,

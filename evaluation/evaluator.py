@@ -71,7 +71,7 @@ class Evaluator:
         seq_len: int | None = None,
         fixed_flops: float | None = None,
     ) -> None:
-        seq_len = backbone.config.seq_len if seq_len is None else seq_len  # type: ignore[attr-defined]
+        seq_len = backbone.config.seq_len if seq_len is None else seq_len
         if max_tokens < seq_len:
             raise ValueError(f"max_tokens must be at least seq_len={seq_len}, got {max_tokens}")
         if batch_sequences < 1:
@@ -160,6 +160,6 @@ class Evaluator:
 
 def _never_masked(backbone: Backbone) -> AbstractContextManager[None]:
     """Skip every unit that is not chosen, also where a CPU would compute and mask it in less time."""
-    if not hasattr(backbone, "using") or next(backbone.parameters()).device.type == "cuda":  # type: ignore[attr-defined]
+    if not hasattr(backbone, "using") or next(backbone.parameters()).device.type == "cuda":
         return nullcontext()
     return backbone.using("compact")

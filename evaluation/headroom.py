@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluation.intervals import FloatArray, Interval, ratio_interval
-from moe_backbone import MoETransformer, token_correct, token_divergence, token_log_likelihood
+from moe_backbone import Backbone, token_correct, token_divergence, token_log_likelihood
 from moe_backbone.checks import require, require_at_least
 from moe_backbone.corpus import Split
 from policies.baselines.oracle import OracleChoice, OracleQuality, OracleSearch
@@ -73,7 +73,7 @@ class HeadroomPoint:
 
 
 def oracle_headroom(
-    backbone: MoETransformer,
+    backbone: Backbone,
     split: Split,
     config: HeadroomConfig | None = None,
     *,

@@ -1,4 +1,4 @@
-"""Text in, byte tokens out: reading, splitting by whole documents, random and exhaustive windows."""
+"""Text in, tokens out: reading, splitting by whole documents, random and exhaustive windows."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_backbone.vocabulary import BYTES, Vocabulary
+
 logger = logging.getLogger(__name__)
 
 TEST_SHARE, VALIDATION_SHARE = 0.10, 0.05
@@ -24,7 +26,6 @@ FEW_DOCUMENTS = 10
 """With fewer documents than this the text itself is cut, not the list of documents."""
 SECTION_BYTES = 2048
 """Held-out sections of a text with few documents; they stand in for documents in the intervals."""
-END_OF_DOCUMENT = b"\x00"
 SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"}
 
 
@@ -34,13 +35,15 @@ class Split:
 
     Attributes:
         name: `train`, `validation` or `test`.
-        tokens: Bytes of all documents, each closed by a zero byte (num_tokens,), uint8.
+        tokens: All documents, each closed by its end (num_tokens,): uint8 for bytes, else int32.
         document_ids: Document of every token (num_tokens,), int64, non-decreasing.
+        vocabulary: What the tokens are.
     """
 
     name: str
     tokens: Tensor
     document_ids: Tensor
+    vocabulary: Vocabulary = BYTES
 
     @property
     def num_documents(self) -> int:
@@ -93,13 +96,14 @@ class Corpus:
     test: Split
 
 
-def load_corpus(paths: Sequence[Path] = (), *, seq_len: int = 128) -> Corpus:
+def load_corpus(paths: Sequence[Path] = (), *, seq_len: int = 128, vocabulary: Vocabulary = BYTES) -> Corpus:
     """Read text and split it by whole documents.
 
     Args:
         paths: Files or folders of UTF-8 text, `.jsonl` (one object with a `text` a line) or either in `.gz`;
             none for the source of the Python standard library on this machine.
         seq_len: Window length that every part must hold.
+        vocabulary: What the tokens are.
 
     Raises:
         ValueError: If a path cannot be read, is not text, or the text is too short.
@@ -114,17 +118,21 @@ def load_corpus(paths: Sequence[Path] = (), *, seq_len: int = 128) -> Corpus:
     documents = sorted({document for document in documents if document.strip()}, key=_digest)
     if not documents:
         raise ValueError(f"corpus must contain text, got none in {name}")
-    corpus = _split(name, documents)
+    corpus = _split(name, documents, vocabulary)
     for split in (corpus.train, corpus.validation, corpus.test):
         if len(split.tokens) < 2 * seq_len:
             raise ValueError(
-                f"corpus must give every part at least 2 * seq_len={2 * seq_len} bytes, "
+                f"corpus must give every part at least 2 * seq_len={2 * seq_len} {_unit(vocabulary)}, "
                 f"got {len(split.tokens)} for {split.name} of {name}"
             )
     return corpus
 
 
-def _split(name: str, documents: list[bytes]) -> Corpus:
+def _unit(vocabulary: Vocabulary) -> str:
+    return "bytes" if vocabulary is BYTES else "tokens"
+
+
+def _split(name: str, documents: list[bytes], vocabulary: Vocabulary) -> Corpus:
     """Documents ordered by hash, so a part neither follows file names nor changes with their order."""
     sha256 = hashlib.sha256(b"".join(_digest(document).encode() for document in documents)).hexdigest()
     parts: dict[str, list[bytes]] = {"test": [], "validation": [], "train": []}
@@ -146,7 +154,7 @@ def _split(name: str, documents: list[bytes]) -> Corpus:
                 part = "validation"
             parts[part].append(document)
             seen += len(document)
-    splits = {part: _stream(part, texts) for part, texts in parts.items()}
+    splits = {part: _stream(part, texts, vocabulary) for part, texts in parts.items()}
     return Corpus(name=name, sha256=sha256, **splits)
 
 
@@ -154,11 +162,12 @@ def _sections(text: bytes) -> list[bytes]:
     return [text[start : start + SECTION_BYTES] for start in range(0, len(text), SECTION_BYTES)]
 
 
-def _stream(name: str, documents: Iterable[bytes]) -> Split:
-    texts = [document + END_OF_DOCUMENT for document in documents]
-    tokens = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8) if texts else torch.zeros(0).byte()
+def _stream(name: str, documents: Iterable[bytes], vocabulary: Vocabulary) -> Split:
+    texts = [vocabulary.encode(document) for document in documents]
+    tokens = torch.cat(texts) if texts else torch.zeros(0).byte()
     lengths = torch.tensor([len(text) for text in texts], dtype=torch.int64)
-    return Split(name=name, tokens=tokens, document_ids=torch.arange(len(texts)).repeat_interleave(lengths))
+    ids = torch.arange(len(texts)).repeat_interleave(lengths)
+    return Split(name=name, tokens=tokens, document_ids=ids, vocabulary=vocabulary)
 
 
 def _python_files(root: Path) -> Iterator[Path]:

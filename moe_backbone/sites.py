@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 HeadMeaning = Literal["query", "query_key_value"]
 """What a token skips in a head that it does not use. `query`: only to attend, as later tokens attend to its key and
@@ -82,6 +83,33 @@ class Backbone(Protocol):
     @property
     def hidden_size(self) -> int:
         """Width of a token's features."""
+        ...
+
+    @property
+    def config(self) -> Any:
+        """Sizes: at least `seq_len`, `hidden_size`, `max_units` and `vocab_size`."""
+        ...
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained numbers."""
+        ...
+
+    @property
+    def head_meaning(self) -> HeadMeaning:
+        """What a token skips in a head that it does not use."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All weights; the first lies on the device where tokens go."""
+        ...
+
+    def compensated(self, compensation: Any) -> AbstractContextManager[None]:
+        """Let `advance` add these constants in place of skipped units meanwhile; None for none."""
+        ...
+
+    def new_cache(self) -> Any:
+        """An empty cache for decoding."""
         ...
 
     @property

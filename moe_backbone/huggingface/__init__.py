@@ -2,5 +2,6 @@
 
 from moe_backbone.huggingface.backbone import CheckpointState, HuggingFaceBackbone
 from moe_backbone.huggingface.loading import load_model, load_tokenizer
+from moe_backbone.huggingface.vocabulary import TokenizerVocabulary
 
-__all__ = ["CheckpointState", "HuggingFaceBackbone", "load_model", "load_tokenizer"]
+__all__ = ["CheckpointState", "HuggingFaceBackbone", "TokenizerVocabulary", "load_model", "load_tokenizer"]

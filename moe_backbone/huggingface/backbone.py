@@ -18,7 +18,7 @@ from moe_backbone.compensation import Compensation
 from moe_backbone.compute import ComputeMeter
 from moe_backbone.huggingface.model_sites import ModelSites, passing
 from moe_backbone.huggingface.passes import Decision, ForwardPass, routed_by
-from moe_backbone.sites import Router, RoutingSite, SiteView
+from moe_backbone.sites import HeadMeaning, Router, RoutingSite, SiteView
 
 SAMPLED_NUMBERS = 4096
 """Numbers of each weight that the fingerprint looks at."""
@@ -121,7 +121,7 @@ class HuggingFaceBackbone:
         ValueError: If nothing can be routed in the model.
     """
 
-    head_meaning = "query"
+    head_meaning: HeadMeaning = "query"
 
     def __init__(self, model: Any, *, seq_len: int = 128, heads: bool | None = None, name: str = "") -> None:
         require(seq_len >= 2, f"seq_len must be at least 2, got {seq_len}")
@@ -172,6 +172,13 @@ class HuggingFaceBackbone:
         """Fraction of a token's FLOPs that routing can save at most, under native routing."""
         routable = ComputeMeter(self.sites, self.config.seq_len).native_flops
         return routable / (routable + self.fixed_flops)
+
+    def describe(self) -> str:
+        """Sizes, and how much of the compute can be routed at most."""
+        first = self.sites[0]
+        units = f"{len(self.sites)} sites, {first.native_units} of {first.num_units} {first.kind} at the first"
+        share = f"{self.routable_share:.0%} of a token's FLOPs can be routed, so no router can save more"
+        return f"{self.num_parameters / 1e6:.1f} M parameters; {units}; {share}"
 
     def sha256(self) -> str:
         """Hash of names and shapes of all weights and of a sample of their numbers, the same in every float dtype."""
