@@ -15,6 +15,7 @@ from evaluation.evaluator import PointSpec
 from evaluation.intervals import FloatArray
 from moe_backbone import Backbone, ComputeMeter, NativeRouter, Router, RoutingSite, token_log_likelihood
 from moe_backbone.corpus import Split
+from moe_backbone.vocabulary import BYTES, Vocabulary
 
 BATCH_SEQUENCES = 32
 PASSAGE_TOKENS = 768
@@ -69,6 +70,27 @@ class Profile:
     """Next tokens, same shape."""
     native: TokenRouting
     routings: tuple[TokenRouting, ...]
+    vocabulary: Vocabulary = BYTES
+    """What the tokens are."""
+
+    @property
+    def word(self) -> str:
+        """What a reader calls a token."""
+        return "byte" if self.vocabulary is BYTES else "token"
+
+    @property
+    def first_bytes(self) -> NDArray[np.int64]:
+        """First byte of each token's text but for leading spaces (num_sequences, seq_len); of a byte, itself."""
+        if self.vocabulary is BYTES:
+            return self.tokens
+        distinct, places = np.unique(self.tokens, return_inverse=True)
+        texts = self.vocabulary.pieces([int(token) for token in distinct])
+        firsts = [((text.lstrip(" ") or text or "\x00").encode()[0]) for text in texts]
+        return np.array(firsts, dtype=np.int64)[places].reshape(self.tokens.shape)
+
+    def text(self, token: int) -> str:
+        """What a token stands for."""
+        return self.vocabulary.pieces([token])[0]
 
 
 def profile_routing(
@@ -124,7 +146,13 @@ def _run(
     return site_compute, losses, entropies, [subset.cpu().numpy() for subset in subsets]
 
 
-def profile_points(backbone: Backbone, tokens: Tensor, targets: Tensor, specs: Iterable[PointSpec]) -> Profile:
+def profile_points(
+    backbone: Backbone,
+    tokens: Tensor,
+    targets: Tensor,
+    specs: Iterable[PointSpec],
+    vocabulary: Vocabulary = BYTES,
+) -> Profile:
     """Profile native routing and each of `specs` on the same tokens, int64 (num_sequences, seq_len)."""
     native = profile_routing(backbone, tokens, targets, NativeRouter(), name="native", setting={})
     routings = [
@@ -145,6 +173,7 @@ def profile_points(backbone: Backbone, tokens: Tensor, targets: Tensor, specs: I
         targets=targets.cpu().numpy(),
         native=native,
         routings=tuple(routings),
+        vocabulary=vocabulary,
     )
 
 
@@ -172,6 +201,7 @@ def profile_split(
     count = max(1, min(available, PASSAGE_TOKENS // seq_len))
     passage = split.at((np.arange(count) + (available - count) // 2) * seq_len, seq_len)
     profiles = [
-        profile_points(backbone, tokens.to(device), targets.to(device), specs) for tokens, targets in (spread, passage)
+        profile_points(backbone, tokens.to(device), targets.to(device), specs, split.vocabulary)
+        for tokens, targets in (spread, passage)
     ]
     return profiles[0], profiles[1]

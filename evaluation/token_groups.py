@@ -55,11 +55,12 @@ class Grouping:
         return np.bincount(self.members, minlength=len(self.names))
 
 
-def byte_classes(tokens: IntArray) -> Grouping:
+def byte_classes(tokens: IntArray, title: str = "Class of the byte") -> Grouping:
     """Group bytes by what they are; spaces and tabs that begin a line are indentation.
 
     Args:
         tokens: Bytes (num_sequences, seq_len); a window that begins within a line has no indentation there.
+        title: What the bytes are of.
     """
     names = list(BYTE_CLASSES)
     lookup = np.full(256, names.index("other punctuation"))
@@ -71,7 +72,7 @@ def byte_classes(tokens: IntArray) -> Grouping:
     for place in range(tokens.shape[1]):
         members[begins & blank[:, place], place] = names.index("indentation")
         begins = (tokens[:, place] == ord("\n")) | (begins & blank[:, place])
-    return _grouping("Class of the byte", names, members.ravel())
+    return _grouping(title, names, members.ravel())
 
 
 def word_positions(tokens: IntArray) -> Grouping:

@@ -41,8 +41,11 @@ def load_router(folder: Path, backbone: Backbone) -> LinearRouter:
         return RouterSpec.from_json(description["router"]), made_for, calibration
 
     (spec, made_for, calibration), weights = read_files(folder, parse)
+    try:
+        check_sites(spec, backbone.sites, backbone.hidden_size)
+    except ValueError as error:
+        raise ValueError(f"{error}; it was made for {made_for[1] or made_for[0][:12]}, not {backbone.name}") from None
     check_made_for(made_for[0], backbone, made_for[1])
-    check_sites(spec, backbone.sites, backbone.hidden_size)
     router = LinearRouter(spec)
     router.calibration = calibration
     try:

@@ -71,6 +71,7 @@ def write_html_report(
         points=_all_points(evaluation),
         provenance=provenance,
         value_text=value_text,
+        word=profile.word,
     )
     write_text_atomic(path, page)
 

@@ -62,10 +62,10 @@ def passage_marks(profile: Profile, routing: TokenRouting, shades: Shading) -> l
     tokens, seq_len = profile.tokens.ravel(), profile.tokens.shape[1]
     return [
         Mark(
-            glyph=glyph(int(token)),
+            glyph=_shown(profile, int(token)),
             shade=shade,
             tip=_tip(profile, routing, row),
-            ends_line=int(token) in (0, 10),
+            ends_line=int(token) in (0, 10) if profile.word == "byte" else "\n" in profile.text(int(token)),
             begins_window=row % seq_len == 0,
         )
         for row, (token, shade) in enumerate(zip(tokens, shades.shades(routing.compute), strict=True))
@@ -82,15 +82,23 @@ def glyph(byte: int) -> str:
     return chr(byte) if ord(" ") < byte < 127 else f"{byte:02x}"
 
 
+def _shown(profile: Profile, token: int) -> str:
+    """A visible sign for a token."""
+    if profile.word == "byte":
+        return glyph(token)
+    return "".join(BLANKS.get(ord(sign), sign) for sign in profile.text(token)) or f"<{token}>"
+
+
 def _tip(profile: Profile, routing: TokenRouting, row: int) -> str:
-    """What hovering shows: byte, compute, prediction, and the units that ran."""
+    """What hovering shows: token, compute, prediction, and the units that ran."""
     token, target = int(profile.tokens.flat[row]), int(profile.targets.flat[row])
     probability, routed = np.exp(-profile.native.loss[row]), np.exp(-routing.loss[row])
     return "\n".join(
         [
-            f"byte {token}: {glyph(token)}",
+            f"{profile.word} {token}: {_shown(profile, token)}",
             f"compute {routing.compute[row]:.3f} of native",
-            f"next byte {target}: {glyph(target)}, probability {probability:.3f} natively, {routed:.3f} routed",
+            f"next {profile.word} {target}: {_shown(profile, target)}, "
+            f"probability {probability:.3f} natively, {routed:.3f} routed",
             *_units_by_layer(profile.sites, routing, row),
         ]
     )

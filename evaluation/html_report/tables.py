@@ -78,14 +78,18 @@ def _share(part: np.ndarray, index: int) -> str:
 
 def group_tables(profile: Profile) -> list[Table]:
     """Compute and loss by class of byte, place in the word, and difficulty."""
+    word = profile.word
     caution = (
-        " Native's own luck sorts these bytes: where it did badly by chance, any other router does better, so the "
+        f" Native's own luck sorts these {word}s: where it did badly by chance, any other router does better, so the "
         "hardest fifth understates the rise. Entropy has no such bias."
     )
+    if word == "byte":
+        classes = [byte_classes(profile.tokens), word_positions(profile.tokens)]
+    else:
+        classes = [byte_classes(profile.first_bytes, "First character of the token")]
     return [
-        group_table(profile, byte_classes(profile.tokens)),
-        group_table(profile, word_positions(profile.tokens)),
-        group_table(profile, quintiles("Native loss of the next byte, nats", profile.native.loss), caution),
+        *(group_table(profile, grouping) for grouping in classes),
+        group_table(profile, quintiles(f"Native loss of the next {word}, nats", profile.native.loss), caution),
         group_table(profile, quintiles("Entropy of the native prediction, nats", profile.native.entropy)),
     ]
 
@@ -107,11 +111,11 @@ def group_table(profile: Profile, grouping: Grouping, caution: str = "") -> Tabl
     rows.append(_all_row(profile))
     return Table(
         title=f"By {grouping.title[0].lower()}{grouping.title[1:]}",
-        columns=["group", "share of bytes", "native loss", *(routing.label for routing in profile.routings)],
+        columns=["group", f"share of {profile.word}s", "native loss", *(routing.label for routing in profile.routings)],
         rows=rows,
         strong="all",
-        note="Mean compute of a byte as a fraction of native, the router's own counted; in small print how much its "
-        f"loss rises over native, in nats.{caution}",
+        note=f"Mean compute of a {profile.word} as a fraction of native, the router's own counted; in small print how "
+        f"much its loss rises over native, in nats.{caution}",
         source=profile_source(profile),
     )
 
