@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+import torch
 import tyro
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -171,14 +172,32 @@ def evaluation_context(
     )
 
 
-def evaluate(context: Context, learned: Mapping[int, LinearRouter]) -> Evaluation:
+def write_trace(path: Path, router: PricedRouter, context: Context) -> None:
+    """Record a router's decisions on all tokens that this evaluation scores."""
+    from policies.trace import record
+
+    device = next(context.backbone.parameters()).device
+    tokens = torch.cat((context.selection.tokens, context.held_out.tokens)).to(device)
+    record(context.backbone, router, tokens).save(path)
+    logger.info("trace: decisions on %d tokens are in %s", tokens.numel(), path)
+
+
+def replay_point(path: Path, context: Context) -> FixedPoint:
+    """The decisions of a trace as a router."""
+    from policies.trace import Trace, TraceRouter
+
+    return FixedPoint("trace", {"file": path.name}, TraceRouter(Trace.load(path), context.backbone))
+
+
+def evaluate(context: Context, learned: Mapping[int, LinearRouter], others: Sequence[PointSpec] = ()) -> Evaluation:
     """Score the learned router and all others that are wanted.
 
     Args:
         context: From `evaluation_context`.
         learned: The learned router by training seed; empty to score others only.
+        others: Further routers to score.
     """
-    specs: list[PointSpec] = [*fixed_points(context)]
+    specs: list[PointSpec] = [*fixed_points(context), *others]
     bounds = set()
     for family in FAMILIES:
         if context.config.wants(family.name, trained=True, rival=family.rival):
@@ -289,6 +308,13 @@ class EvaluateConfig:
     """Seeds of learned and random routers, counted from the run's own; missing ones are trained first."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto` for CUDA where there is one."""
+    trace: Path | None = None
+    """File, `.npz`, to write the learned router's decisions on all scored tokens to, as vLLM captures routed experts:
+    tokens x layers x k."""
+    trace_cost_limit: float = 0.5
+    """Budget of the router that `trace` records."""
+    replay: Path | None = None
+    """File that `trace` wrote, whose decisions are scored as one more router."""
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self) -> None:
@@ -342,7 +368,11 @@ def run(config: EvaluateConfig) -> None:
     seeds = range(trained.seed, trained.seed + config.seeds)
     where: dict[str, Any] = {"folder": config.run_dir, "seeds": seeds, "output": config.output}
     context = evaluation_context(backbone, corpus, config.evaluation, **where)
-    evaluation = evaluate(context, learned_routers(config.run_dir, trained, context))
+    replayed = [] if config.replay is None else [replay_point(config.replay, context)]
+    learned = learned_routers(config.run_dir, trained, context)
+    if config.trace is not None:
+        write_trace(config.trace, learned[trained.seed].at_cost_limit(config.trace_cost_limit), context)
+    evaluation = evaluate(context, learned, replayed)
     write_report(evaluation, context)
     if any(check.exact and not check.equal for check in evaluation.checks):
         raise ValueError("native routing must score the same twice, got another score: no figure above can be trusted")

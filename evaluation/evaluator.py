@@ -53,6 +53,7 @@ class Evaluator:
         split: The held-out text.
         sites: Routed sites of the backbone.
         num_tokens: Tokens scored.
+        tokens: What is scored (num_windows, seq_len), int64.
         num_documents: Documents that these tokens come from.
         native: The point of native routing.
 
@@ -80,10 +81,10 @@ class Evaluator:
         self._device, self._batch_sequences = torch.device(device), batch_sequences
         self._meter = ComputeMeter(self.sites, seq_len)
         self._fixed_flops = backbone.fixed_flops if fixed_flops is None else fixed_flops
-        self._tokens, self._targets, document_ids = split.windows(seq_len, max_tokens)
+        self.tokens, self._targets, document_ids = split.windows(seq_len, max_tokens)
         documents, rows = np.unique(document_ids.numpy(), return_inverse=True)
         self._document_rows = rows.reshape(document_ids.shape)
-        self.num_documents, self.num_tokens = len(documents), self._tokens.numel()
+        self.num_documents, self.num_tokens = len(documents), self.tokens.numel()
         if self.num_documents < 2:
             raise ValueError(f"split must hold at least 2 documents for intervals, got 1 in {split.name}")
         self._native_documents: DocumentSums | None = None
@@ -132,9 +133,9 @@ class Evaluator:
         """Scores by document, and seconds of the forward passes."""
         sums = np.zeros((3, self.num_documents))
         seconds = 0.0
-        for start in range(0, len(self._tokens), self._batch_sequences):
+        for start in range(0, len(self.tokens), self._batch_sequences):
             rows = slice(start, start + self._batch_sequences)
-            tokens, targets = self._tokens[rows].to(self._device), self._targets[rows].to(self._device)
+            tokens, targets = self.tokens[rows].to(self._device), self._targets[rows].to(self._device)
             prices = torch.full((tokens.numel(),), price, device=self._device)
             started = self._now()
             logits, subsets = self.backbone.run(tokens, router, prices)

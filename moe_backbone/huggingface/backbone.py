@@ -43,7 +43,7 @@ class CheckpointState:
     price: Tensor
     """(num_sequences * seq_len,), float32."""
     features: Tensor
-    """What the current site computes with (num_sequences * seq_len, hidden_size), float32; zeros after the last."""
+    """What the current site computes with (num_sequences, seq_len, hidden_size), float32; zeros after the last."""
     scores: Tensor
     """Log of the native gate (num_tokens, num_units), float32; zeros where there is none."""
     logits: Tensor | None
@@ -222,16 +222,17 @@ class HuggingFaceBackbone:
         history = state.history if decision is None else (*state.history, decision)
         at: dict[str, Any] = {"site_index": state.site_index + 1, "history": history, "walk": walk}
         if isinstance(reached, Tensor):
-            features = torch.zeros(state.tokens.numel(), self.hidden_size, device=state.tokens.device)
+            features = torch.zeros(*state.tokens.shape, self.hidden_size, device=state.tokens.device)
             return replace(state, logits=reached, features=features, **(at | {"walk": None}))
-        return replace(state, features=reached.features, scores=reached.scores, **at)
+        features = reached.features.unflatten(0, state.tokens.shape)
+        return replace(state, features=features, scores=reached.scores, **at)
 
     def observe(self, state: CheckpointState) -> SiteView:
         """What a router may see at the current site."""
         return SiteView(
             index=state.site_index,
             site=self.sites[state.site_index],
-            features=state.features,
+            features=state.features.flatten(0, 1),
             scores=state.scores,
             price=state.price,
             tokens=state.tokens,
