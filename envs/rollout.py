@@ -125,7 +125,9 @@ class Rollout:
         """Where all lanes stand; joins the blocks, so each call copies."""
         if len(self._states) == 1:
             return self._states[0]
-        parts = {field.name: [getattr(state, field.name) for state in self._states] for field in fields(self._states[0])}
+        parts = {
+            field.name: [getattr(state, field.name) for state in self._states] for field in fields(self._states[0])
+        }
         joined: dict[str, Any] = {
             name: torch.cat(values) for name, values in parts.items() if isinstance(values[0], Tensor)
         }

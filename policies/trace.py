@@ -140,7 +140,7 @@ class TraceRouter:
         if source is None:
             return NativeRouter().select(view)
         place = self._place[kind].index(view.index)
-        of_rows = source.reshape(-1, seq_len, *source.shape[1:])[np.array(rows)][:, :, place]
+        of_rows = source.reshape(len(self.trace.tokens), seq_len, *source.shape[1:])[np.array(rows)][:, :, place]
         recorded: Tensor = torch.from_numpy(np.ascontiguousarray(of_rows)).flatten(0, 1).to(view.scores.device)
         if kind == "heads":
             return recorded

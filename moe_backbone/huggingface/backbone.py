@@ -307,10 +307,15 @@ def fixed_flops(model: Any, sites: Sequence[RoutingSite], seq_len: int) -> float
         flops += 2 * output.weight.numel()
     if not any(site.kind == "heads" for site in sites):
         text = model.config.get_text_config()
-        heads = getattr(text, "num_attention_heads", 0)
-        width = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
-        flops += text.num_hidden_layers * heads * 4 * width * (seq_len + 1) / 2
+        layers = getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers
+        flops += sum(_attention_flops_per_key(layer) for layer in layers) * (seq_len + 1) / 2
     return flops
+
+
+def _attention_flops_per_key(layer: Any) -> int:
+    """FLOPs of scores and mixtures of one token and one key in a layer with this configuration."""
+    heads = getattr(layer, "num_attention_heads", 0)
+    return heads * 4 * (getattr(layer, "head_dim", None) or layer.hidden_size // max(1, heads))
 
 
 def fingerprint(model: Any) -> str:

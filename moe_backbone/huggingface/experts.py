@@ -13,10 +13,11 @@ from moe_backbone.compensation import ExpertCompensation
 from moe_backbone.kernels import expert_mlp
 from moe_backbone.kernels.rows import record_rows, uncounted
 
-Link = Literal["exp", "sigmoid", "identity"]
+Link = Literal["exp", "sigmoid", "sqrtsoftplus", "identity"]
 LINKS: dict[Link, Callable[[Tensor], Tensor]] = {
     "exp": lambda logits: logits.log_softmax(1),
     "sigmoid": F.logsigmoid,
+    "sqrtsoftplus": lambda logits: F.softplus(logits).clamp_min(torch.finfo(logits.dtype).tiny).log() / 2,
     "identity": lambda logits: logits.clamp_min(torch.finfo(logits.dtype).tiny).log(),
 }
 """From what a gate returns as logits to the log of what its mixing weights are proportional to."""
@@ -99,7 +100,9 @@ class ExpertSite:
         """
         shape = (len(indices), self.num_experts)
         native = torch.zeros(shape, dtype=torch.bool, device=indices.device).scatter(1, indices, True)
-        given = torch.zeros(shape, device=indices.device).scatter(1, indices, weights.float())
+        given = torch.zeros(shape, device=indices.device).scatter_add(
+            1, indices, weights.float()
+        )  # one may stand twice
         logits = self._logits_of(weights)
         if logits is None:
             scores = (given / given.sum(1, keepdim=True).clamp_min(LEAST_SCORE)).clamp_min(LEAST_SCORE).log()

@@ -57,7 +57,10 @@ def load_tokenizer(path_or_id: str) -> Any:
     require_transformers()
     from transformers import AutoTokenizer
 
-    return _loaded("a tokenizer", path_or_id, AutoTokenizer)
+    tokenizer = _loaded("a tokenizer", path_or_id, AutoTokenizer)
+    known = bool(tokenizer("text", add_special_tokens=False)["input_ids"]) and len(tokenizer) > 1
+    require(known, f"checkpoint must hold a tokenizer with a vocabulary, got {path_or_id} without one")
+    return tokenizer
 
 
 def _loaded(what: str, path_or_id: str, kind: Any, **how: Any) -> Any:

@@ -42,8 +42,10 @@ def _experts_forward(module: nn.Module, hidden: Tensor, indices: Tensor, weights
     return _owners[module].experts_forward(module, hidden, indices, weights)
 
 
-def _attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **rest: Any) -> Any:
-    return _owners[module].attention_forward(module, query, key, value, mask, **rest)
+def _attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **rest: Any
+) -> Any:
+    return _owners[module].attention_forward(module, query, key, value, attention_mask, **rest)
 
 
 class ModelSites:
@@ -174,9 +176,10 @@ class ModelSites:
     def _listen_for(self, experts: nn.Module) -> Any:
         def listen(gate: nn.Module, args: Any, output: Any) -> None:
             logits = output[0] if isinstance(output, tuple) else output
-            count = getattr(experts, "num_experts", None)
-            if isinstance(logits, Tensor) and logits.is_floating_point() and logits.shape[-1] == count:
-                self._site_of(experts).logits = logits.detach()
+            count = getattr(experts, "num_experts", 0)
+            # a gate may have one class more, for no expert at all
+            if isinstance(logits, Tensor) and logits.is_floating_point() and logits.shape[-1] in (count, count + 1):
+                self._site_of(experts).logits = logits[..., :count].detach()
 
         return listen
 
