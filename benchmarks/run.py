@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from benchmarks import environment, experts, iteration, mask, ppo
+from benchmarks import checkpoint, environment, experts, iteration, mask, ppo
 from benchmarks.measure import Row
 from moe_backbone.files import write_text_atomic
 
@@ -30,6 +30,7 @@ SUBJECTS: Subjects = {
     "ppo": ppo.rows,
     "iteration": iteration.rows,
     "environment": environment.rows,
+    "checkpoint": checkpoint.rows,
 }
 
 
@@ -38,7 +39,7 @@ class BenchConfig:
     """Measure speed on this CPU, side by side with what others use."""
 
     only: str | None = None
-    """One subject: experts, mask, ppo, iteration or environment; None for all."""
+    """One subject: experts, mask, ppo, iteration, environment or checkpoint; None for all."""
     output: Path = Path("benchmarks/out.json")
     """Where the figures go."""
 

@@ -55,7 +55,9 @@ class _Stamp(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor) -> _Stamp:
         version = 0 if weight.is_inference() else weight._version
-        return cls((version, weight.data_ptr()), weight.detach().flatten()[:: max(1, weight.numel() // SAMPLE)])
+        as_stored = sorted(range(weight.dim()), key=weight.stride, reverse=True)  # else to flatten would copy a view
+        numbers = weight.detach().permute(as_stored).flatten()
+        return cls((version, weight.data_ptr()), numbers[:: max(1, weight.numel() // SAMPLE)])
 
     def fits(self, weight: Tensor) -> bool:
         now = _Stamp.of(weight)
