@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe_backbone.compensation import ExpertCompensation
 from moe_backbone.kernels import expert_mlp
 from moe_backbone.kernels.rows import record_rows, uncounted
+from moe_backbone.sites import best_units
 
 Link = Literal["exp", "sigmoid", "sqrtsoftplus", "identity"]
 LINKS: dict[Link, Callable[[Tensor], Tensor]] = {
@@ -21,6 +22,8 @@ LINKS: dict[Link, Callable[[Tensor], Tensor]] = {
     "identity": lambda logits: logits.clamp_min(torch.finfo(logits.dtype).tiny).log(),
 }
 """From what a gate returns as logits to the log of what its mixing weights are proportional to."""
+CANDIDATES = 2
+"""See `switch_experts`."""
 LEAST_SCORE = 1e-6
 """Stands in for the gate probability of an expert that the gate says nothing about."""
 LARGEST_LAID_OUT = 2**31
@@ -201,8 +204,13 @@ def switch_experts(
     switch: Tensor,
     compensation: ExpertCompensation | None,
 ) -> Tensor:
-    """Zeros whose gradient by a switch is what turning that expert round would change; see `relaxed.switch_experts`."""
-    return _Turn.apply(switch, rows.detach(), site, gate, subset, compensation)
+    """Zeros whose gradient by a switch is what turning that expert round would change; see `relaxed.switch_experts`.
+
+    Of experts that are off only the best have a gradient, by gate score, in all `CANDIDATES` times as many as run
+    natively: with dozens of experts to compute all of them would cost more than the whole model.
+    """
+    tried = best_units(gate.scores, CANDIDATES * int(gate.native.sum(1).amax())) | subset
+    return _Turn.apply(switch, rows.detach(), site, gate, subset, tried, compensation)
 
 
 class _Turn(torch.autograd.Function):
@@ -217,16 +225,26 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, pull: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of the switch (num_tokens, num_experts)."""
-        rows, site, gate, subset, compensation = ctx.parts
+        rows, site, gate, subset, tried, compensation = ctx.parts
         with uncounted():
-            lone = [(site.expert(expert, rows).float() * pull).sum(1) for expert in range(site.num_experts)]
+            lone = _lone(site, rows, tried, pull)
         sign = 1 - 2 * subset.float()  # of turning an expert round
-        before, after = _mixtures(site, gate, subset, torch.stack(lone, dim=1), sign)
+        before, after = _mixtures(site, gate, subset, lone, sign)
         if compensation is not None:
             count = subset.sum(1, keepdim=True)
             after = compensation.along(after, count + sign.long(), pull.float())
             before = compensation.along(before, count, pull.float())
-        return (sign * (after - before), *(None for _ in ctx.parts))
+        return (sign * (after - before) * tried, *(None for _ in ctx.parts))
+
+
+def _lone(site: ExpertSite, rows: Tensor, tried: Tensor, pull: Tensor) -> Tensor:
+    """Output of each expert that is tried along the pull, zeros elsewhere (num_tokens, num_experts), float32."""
+    lone = torch.zeros(tried.shape, device=rows.device)
+    for expert in tried.any(0).nonzero().squeeze(1).tolist():
+        own = tried[:, expert].nonzero().squeeze(1)
+        output = site.expert(expert, rows.index_select(0, own))
+        lone[own, expert] = (output.float() * pull.index_select(0, own)).sum(1)
+    return lone
 
 
 def _mixtures(site: ExpertSite, gate: GateReading, subset: Tensor, lone: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
