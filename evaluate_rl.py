@@ -45,7 +45,7 @@ from evaluation.headroom import HeadroomPoint, oracle_headroom
 from evaluation.html_report import run_provenance, write_html_report
 from evaluation.profile import profile_split
 from evaluation.showcase import showcase
-from families import FAMILIES, native_control
+from families import FAMILIES, native_control, possible, wanted_families
 from moe_backbone import Backbone, NativeRouter
 from moe_backbone.checks import require_at_least
 from moe_backbone.corpus import Corpus
@@ -182,13 +182,6 @@ def write_trace(path: Path, router: PricedRouter, context: Context) -> None:
     logger.info("trace: decisions on %d tokens are in %s", tokens.numel(), path)
 
 
-def replay_point(path: Path, context: Context) -> FixedPoint:
-    """The decisions of a trace as a router."""
-    from policies.trace import Trace, TraceRouter
-
-    return FixedPoint("trace", {"file": path.name}, TraceRouter(Trace.load(path), context.backbone))
-
-
 def evaluate(context: Context, learned: Mapping[int, LinearRouter], others: Sequence[PointSpec] = ()) -> Evaluation:
     """Score the learned router and all others that are wanted.
 
@@ -199,11 +192,10 @@ def evaluate(context: Context, learned: Mapping[int, LinearRouter], others: Sequ
     """
     specs: list[PointSpec] = [*fixed_points(context), *others]
     bounds = set()
-    for family in FAMILIES:
-        if context.config.wants(family.name, trained=True, rival=family.rival):
-            made = family.make(context)
-            specs += made
-            bounds |= {spec.name for spec in made if not family.rival}
+    for family in wanted_families(context):
+        made = family.make(context)
+        specs += made
+        bounds |= {spec.name for spec in made if not family.rival}
     for seed, router in learned.items():
         prices = np.geomspace(router.spec.price_low, router.spec.price_high, context.config.num_prices)
         specs += [LearnedPoint(learned=router, price=float(price), seed=seed) for price in prices]
@@ -220,7 +212,7 @@ def evaluate(context: Context, learned: Mapping[int, LinearRouter], others: Sequ
         bounds=frozenset(bounds),
         checks=checks,
         control=native_control(context),
-        headroom=_headroom(context) if context.config.wants(ORACLE, trained=True) else [],
+        headroom=_headroom(context) if context.config.wants(ORACLE, trained=True) and possible(ORACLE, context) else [],
     )
 
 
@@ -361,6 +353,7 @@ def run(config: EvaluateConfig) -> None:
         ValueError: If native routing, scored twice, gave two scores.
     """
     from policies.portable import load_router
+    from policies.trace import replay_point
     from train_rl import load_run, pick_device
 
     trained, corpus, backbone = load_run(config.run_dir, pick_device(config.device))
@@ -368,7 +361,7 @@ def run(config: EvaluateConfig) -> None:
     seeds = range(trained.seed, trained.seed + config.seeds)
     where: dict[str, Any] = {"folder": config.run_dir, "seeds": seeds, "output": config.output}
     context = evaluation_context(backbone, corpus, config.evaluation, **where)
-    replayed = [] if config.replay is None else [replay_point(config.replay, context)]
+    replayed = [] if config.replay is None else [replay_point(config.replay, backbone)]
     learned = learned_routers(config.run_dir, trained, context)
     if config.trace is not None:
         write_trace(config.trace, learned[trained.seed].at_cost_limit(config.trace_cost_limit), context)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from evaluation import Evaluator, Point, PointSpec
+from moe_backbone import MoETransformer
+from moe_backbone.checks import require
 from moe_backbone.compensation import Compensation
 from policies.compensated import CompensatedRouter, fit_compensation
 from policies.tied_files import DESCRIPTION, load_tied, save_tied
@@ -17,6 +20,8 @@ from smaller_models import FAMILY, SmallerModel, score_smaller_model, smaller_mo
 if TYPE_CHECKING:  # both know the evaluation, which knows this
     from evaluate_rl import Context
     from training_config import TrainConfig
+
+logger = logging.getLogger("evaluate_rl")
 
 COMPENSATED = "greedy+constants"
 COMPENSATION_TOKENS = 400_000
@@ -33,6 +38,8 @@ class Family:
     folder of the context, so that the next call is short."""
     rival: bool = True
     """Whether it is a router, which can be the best other one; what is none is made only if it is named."""
+    of_checkpoints: bool = True
+    """Whether there is one for a checkpoint of transformers too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +128,36 @@ def native_control(context: Context) -> Point | None:
 
 FAMILIES: list[Family] = [
     *(
-        Family(name=name, make=partial(trained_rivals, name))
+        Family(name=name, make=partial(trained_rivals, name), of_checkpoints=name != "l0-gating")
         for name in ("gating", "l0-gating", "ada-k", "a2c", "reinforce", "dqn")
     ),
     Family(name=COMPENSATED, make=compensated_greedy),
-    Family(name=FAMILY, make=smaller_native, rival=False),
+    Family(name=FAMILY, make=smaller_native, rival=False, of_checkpoints=False),
 ]
 """In the order of the table."""
+
+
+def wanted_families(context: Context) -> list[Family]:
+    """Families that the context asks for.
+
+    Raises:
+        ValueError: If one is named that there is none of for a checkpoint.
+    """
+    wants = context.config.wants
+    wanted = [family for family in FAMILIES if wants(family.name, trained=True, rival=family.rival)]
+    return [family for family in wanted if family.of_checkpoints or possible(family.name, context)]
+
+
+def possible(name: str, context: Context) -> bool:
+    """Whether what only our own transformer can do can be done; says so if it was not asked for by name.
+
+    Raises:
+        ValueError: If it was.
+    """
+    if isinstance(context.backbone, MoETransformer):
+        return True
+    routers = context.config.routers
+    named = any(name.startswith(prefix) for prefix in routers)
+    require(not named, f"routers must not name {name} for a checkpoint, got {' '.join(routers)}")
+    logger.info("%s: left out, as there is none for a checkpoint", name)
+    return False

@@ -19,6 +19,7 @@ from torch import Tensor
 from moe_backbone.checks import require
 from moe_backbone.files import write_atomic
 from moe_backbone.sites import Backbone, NativeRouter, Router, SiteView
+from policies.baselines import FixedPoint
 
 NO_EXPERT = -1
 """Fills up a token's experts where it uses fewer than another token does."""
@@ -146,3 +147,8 @@ class TraceRouter:
             return recorded
         subset = torch.zeros(len(recorded), view.site.num_units + 1, dtype=torch.bool, device=recorded.device)
         return subset.scatter(1, recorded.long() % (view.site.num_units + 1), True)[:, :-1]  # `NO_EXPERT` comes last
+
+
+def replay_point(path: Path, backbone: Backbone) -> FixedPoint:
+    """The decisions of a trace as a router of the table."""
+    return FixedPoint("trace", {"file": path.name}, TraceRouter(Trace.load(path), backbone))
