@@ -97,7 +97,8 @@ def build_model(config: TrainConfig, backbone: Backbone, corpus: Corpus) -> Rout
         policy_kwargs={"router_spec": router_spec(config, backbone).to_json(), "critic": ppo.advantage == "gae"},
         seed=config.seed,
         device=next(backbone.parameters()).device,
-        cuda_graph=config.head_meaning == "query",  # rows of kept keys are counted on the host
+        # rows of kept keys are counted on the host, and a checkpoint's own code may do anything
+        cuda_graph=config.head_meaning == "query" and config.checkpoint is None,
     )
 
 

@@ -76,7 +76,7 @@ def _measure(bare: Any, half: Any, job: Callable[[Any], Any], detail: dict[str, 
 def facts(model: Any) -> dict[str, Any]:
     """Shares of the compute that explain a ratio."""
     backbone = HuggingFaceBackbone(model, seq_len=PREFILL[1])
-    backbone.model_sites.release()
+    backbone.release()
     native = ComputeMeter(backbone.sites, PREFILL[1]).native_flops
     flops = {"native_mflops_per_token": round((native + backbone.fixed_flops) / 1e6, 2)}
     return {**flops, "routed_share": round(backbone.routable_share, 3), "distinct_experts": model.config.num_experts}

@@ -49,7 +49,8 @@ def attach(
     require(hasattr(model, "get_input_embeddings"), f"model must be one of transformers, got {model_name}")
     if not isinstance(router, str | Path):
         require(price is None and cost_limit is None, "price and cost_limit must be left out for a router of one price")
-        return RoutedModel(HuggingFaceBackbone(model, seq_len=2), router)
+        training = model.training
+        return RoutedModel(HuggingFaceBackbone(model, seq_len=2), router, training=training)
     given = f"price={price} and cost_limit={cost_limit}"
     require((price is None) != (cost_limit is None), f"either price or cost_limit must be given, got {given}")
     folder = router_folder(router, revision)
@@ -60,7 +61,7 @@ def attach(
         learned = load_router(folder, backbone).to(backbone.device)
         priced = learned.at_cost_limit(cost_limit) if price is None else learned.at_price(price)  # type: ignore[arg-type]
     except BaseException:
-        backbone.model_sites.release()
+        backbone.release()
         model.train(training)
         raise
     return RoutedModel(backbone, priced, training=training)
@@ -127,7 +128,7 @@ class RoutedModel:
 
     def detach(self) -> Any:
         """Leave the model as it was before `attach`, and return it."""
-        self._backbone.model_sites.release()
+        self._backbone.release()
         self.model.train(self._training)
         return self.model
 

@@ -147,6 +147,10 @@ class HuggingFaceBackbone:
         default = None if router is None else ForwardPass(decide=routed_by(router), tokens=tokens)
         self.model_sites.default = default
 
+    def release(self) -> None:
+        """Leave the model as it was found; the backbone is of no use afterwards."""
+        self.model_sites.release()
+
     @property
     def hidden_size(self) -> int:
         """Width of a token's features."""

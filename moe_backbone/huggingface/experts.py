@@ -27,7 +27,7 @@ CANDIDATES = 2
 LEAST_SCORE = 1e-6
 """Stands in for the gate probability of an expert that the gate says nothing about."""
 LARGEST_LAID_OUT = 2**31
-"""Bytes of a layer's expert weights above which no second copy is laid out for a CPU."""
+"""Bytes of a layer's expert weights above which no second copy is laid out."""
 
 
 class GateReading(NamedTuple):
@@ -167,7 +167,7 @@ class ExpertSite:
         if torch.is_grad_enabled() or not self._is_swiglu or hidden.dtype != module.down_proj.dtype:
             return False
         size = module.down_proj.nbytes + module.gate_up_proj.nbytes
-        return bool(hidden.is_cuda or (hidden.device.type == "cpu" and size <= LARGEST_LAID_OUT))
+        return size <= LARGEST_LAID_OUT and hidden.device.type in ("cpu", "cuda")
 
     @property
     def _is_swiglu(self) -> bool:
@@ -180,11 +180,13 @@ class ExpertSite:
         return plain and stock and (isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation")
 
     def _laid_out(self) -> tuple[Tensor, Tensor]:
-        """Both projections as the ops take them: views, kept as the ops keep what they make of them."""
+        """Both projections as the ops take them, kept as the ops keep what they make of them: views, on CUDA a copy."""
         up, down = self.module.gate_up_proj.detach(), self.module.down_proj.detach()
         place = (up.data_ptr(), down.data_ptr())
         if self._layout is None or self._layout[0] != place:
             turned = (up, down) if self.module.is_transposed else (up.transpose(1, 2), down.transpose(1, 2))
+            if up.is_cuda:  # its kernels read rows, and would copy at each call
+                turned = turned[0].contiguous(), turned[1].contiguous()
             self._layout = place, turned
         return self._layout[1]
 

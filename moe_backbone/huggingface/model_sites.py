@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from moe_backbone.checks import require
 from moe_backbone.huggingface.experts import ExpertSite, switch_experts
 from moe_backbone.huggingface.heads import attend, switched
 from moe_backbone.huggingface.passes import Decision, ForwardPass, current_pass
+from moe_backbone.kernels.rows import record_rows
 from moe_backbone.sites import RoutingSite
 
 IMPLEMENTATION = "routegym"
@@ -23,7 +24,15 @@ IMPLEMENTATION = "routegym"
 PROBE_SHAPE = (2, 24)
 """Sequences and tokens of the pass that finds the sites."""
 
-_owners: WeakKeyDictionary[nn.Module, ModelSites] = WeakKeyDictionary()
+_owners: WeakKeyDictionary[nn.Module, ReferenceType[ModelSites]] = WeakKeyDictionary()
+"""Who stands in a module; by weak references, as what stands in a model keeps it alive."""
+KEEPER = "_routegym_sites"
+"""Attribute of a model that is steered, so that this lasts as long as the model does."""
+
+
+def _owner(module: nn.Module) -> ModelSites | None:
+    reference = _owners.get(module)
+    return None if reference is None else reference()
 
 
 @cache
@@ -38,14 +47,26 @@ def register() -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-def _experts_forward(module: nn.Module, hidden: Tensor, indices: Tensor, weights: Tensor, **_: Any) -> Tensor:
-    return _owners[module].experts_forward(module, hidden, indices, weights)
+def _experts_forward(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor, **rest: Any) -> Tensor:
+    owner = _owner(module)
+    if owner is None:  # a copy of a model that is steered
+        return type(module).forward.__wrapped__(module, hidden, indices, weights, **rest)
+    return owner.experts_forward(module, hidden, indices, weights)
 
 
 def _attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **rest: Any
 ) -> Any:
-    return _owners[module].attention_forward(module, query, key, value, attention_mask, **rest)
+    owner = _owner(module)
+    if owner is None:
+        return _sdpa(module, query, key, value, attention_mask, **rest)
+    return owner.attention_forward(module, query, key, value, attention_mask, **rest)
+
+
+def _sdpa(*args: Any, **rest: Any) -> Any:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(*args, **rest)
 
 
 class ModelSites:
@@ -60,11 +81,14 @@ class ModelSites:
         default: The pass that decides where no other is under way; None for native routing.
 
     Raises:
-        ValueError: If the model has no site, or has one that cannot be steered.
+        ValueError: If the model has no site, or is steered already.
     """
 
     def __init__(self, model: Any, heads: bool | None = None) -> None:
         register()
+        free = not any(_owner(module) for module in model.modules())
+        rule = "model must not be steered already (detach its router, or release its backbone)"
+        require(free, f"{rule}, got {type(model).__name__}, which is")
         self.model = model
         self.default: ForwardPass | None = None
         self.sites: tuple[RoutingSite, ...] = ()
@@ -111,28 +135,20 @@ class ModelSites:
 
     def _install(self, *, experts: bool, heads: bool) -> None:
         """Put our functions into the model."""
+        self.model.__dict__[KEEPER] = self
         for module in self.model.modules():
-            _owners[module] = self
+            _owners[module] = ref(self)
         if experts and self._before[0] is not None:
             self.model.set_experts_implementation(IMPLEMENTATION)
         if heads and self._before[1] == "sdpa":
             self.model.set_attn_implementation(IMPLEMENTATION)
-
-    def install(self) -> None:
-        """Stand in the sites again after `release`."""
-        kinds = {site.kind for site in self.sites}
-        self._install(experts="experts" in kinds, heads="heads" in kinds)
-        self._hook_gates()
-        for module, index in self._index.items():
-            if self.sites[index].kind == "heads":
-                self._hook_attention(module)
-                self._handles.append(module.register_forward_hook(self._add_constants))
 
     def release(self) -> None:
         """Leave the model as it was found."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._inputs = [], {}
+        self.model.__dict__.pop(KEEPER, None)
         for module in self.model.modules():
             _owners.pop(module, None)
         if self._before[0] is not None:
@@ -265,13 +281,9 @@ class ModelSites:
         return attend(query, key, value, mask, scaling, subset), None
 
     def _all_heads(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **rest: Any) -> Tensor:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        from moe_backbone.kernels.rows import record_rows
-
         if module in self._index:
             record_rows("heads", query.shape[0] * query.shape[1] * query.shape[2])
-        return sdpa_attention_forward(module, query, key, value, mask, **rest)[0]
+        return _sdpa(module, query, key, value, mask, **rest)[0]
 
     def _add_constants(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Add the constants of skipped heads behind the output projection."""
