@@ -136,6 +136,17 @@ def test_a_layout_is_made_once(weight: Tensor) -> None:
     assert len(layouts._layouts) == before + 1
 
 
+def test_a_turned_weight_is_recognised_without_a_copy(weight: Tensor) -> None:
+    """What is looked at to see a change lies in the weight's own memory, also where that is a view."""
+    turned = weight.transpose(1, 2)
+    stamp = layouts._Stamp.of(turned)
+    assert stamp.sample.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+    kept = stamp.kept()
+    assert kept.fits(turned)
+    weight.data += 1
+    assert not kept.fits(turned)
+
+
 def test_a_layout_dies_with_its_weight() -> None:
     """No memory stays behind."""
     before = len(layouts._layouts)
