@@ -47,15 +47,14 @@ def attach(
 
     model_name = type(model).__name__
     require(hasattr(model, "get_input_embeddings"), f"model must be one of transformers, got {model_name}")
+    training = model.training
     if not isinstance(router, str | Path):
         require(price is None and cost_limit is None, "price and cost_limit must be left out for a router of one price")
-        training = model.training
         return RoutedModel(HuggingFaceBackbone(model, seq_len=2), router, training=training)
     given = f"price={price} and cost_limit={cost_limit}"
     require((price is None) != (cost_limit is None), f"either price or cost_limit must be given, got {given}")
     folder = router_folder(router, revision)
     kinds = {site.kind for site in read_sites(folder)}
-    training = model.training
     backbone = HuggingFaceBackbone(model, seq_len=2, heads="heads" in kinds)
     try:
         learned = load_router(folder, backbone).to(backbone.device)

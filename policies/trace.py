@@ -58,7 +58,8 @@ class Trace:
             ValueError: If it cannot be read as a trace.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            # by a handle of our own: numpy leaves its own open where an archive is cut off
+            with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             return cls(**{**arrays, "backbone_sha256": str(arrays["backbone_sha256"])})
         except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile, AttributeError) as error:

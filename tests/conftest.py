@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -108,6 +109,20 @@ def pytest_configure() -> None:
     """One thread, as tiny sizes are; deterministic mode fills empty tensors with NaN, so a read of one shows."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@pytest.fixture(scope="session")
+def train_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """Trains a family of transformers' models by its name on real text, each once; see `trained_families.py`."""
+    logging = pytest.importorskip("transformers").utils.logging
+    logging.disable_progress_bar()
+    pytest.importorskip("greenlet")
+    from trained_families import real_text, trained
+
+    text = real_text()
+    if text is None:
+        pytest.skip("ROUTEGYM_DATA names no folder of real text")
+    return functools.cache(lambda name: trained(name, tmp_path_factory.mktemp(name), text))
 
 
 @pytest.fixture(autouse=True)

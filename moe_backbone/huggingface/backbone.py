@@ -128,8 +128,13 @@ class HuggingFaceBackbone:
         text = model.config.get_text_config()
         longest = getattr(text, "max_position_embeddings", None)
         require(not longest or seq_len <= longest, f"seq_len must be at most {longest} for this model, got {seq_len}")
-        self.model, self.name = model.eval(), name or model.config.name_or_path or type(model).__name__
-        self.model_sites = ModelSites(model, heads)
+        self.name = name or model.config.name_or_path or type(model).__name__
+        training = model.training
+        try:
+            self.model, self.model_sites = model, ModelSites(model.eval(), heads)
+        except BaseException:
+            model.train(training)
+            raise
         self.sites: tuple[RoutingSite, ...] = self.model_sites.sites
         self.config = CheckpointShape(
             seq_len=seq_len,

@@ -26,6 +26,8 @@ CANDIDATES = 2
 """See `switch_experts`."""
 LEAST_SCORE = 1e-6
 """Stands in for the gate probability of an expert that the gate says nothing about."""
+WORST_FIT = 0.02
+"""Mean error of log mixing weights, nats, up to which they follow a link; rounding to bfloat16 makes 0.002."""
 LARGEST_LAID_OUT = 2**31
 """Bytes of a layer's expert weights above which no second copy is laid out."""
 
@@ -83,7 +85,12 @@ class ExpertSite:
         totals = weights.float().sum(1)
         self.renormalised = bool((totals - totals.mean()).abs().max() < 0.01 * totals.mean().abs())
         logits = self._logits_of(weights)
-        if logits is None or weights.shape[1] < 2:
+        if weights.shape[1] < 2:
+            return
+        if bool(((weights.float() - 1).abs() < 0.01).all()):  # whole weight for each, as SparseMixer gives: no shares
+            self.renormalised = False
+            return
+        if logits is None:
             return
         spreads = {}
         for name, link in LINKS.items():
@@ -92,7 +99,8 @@ class ExpertSite:
             known = weights.float().clamp_min(torch.finfo(torch.float32).tiny).log()
             gap = known - link(logits).gather(1, indices)
             spreads[name] = float((gap - gap.mean(1, keepdim=True)).abs().mean())
-        self.link = min(spreads, key=lambda name: spreads[name])
+        best = min(spreads, key=lambda name: spreads[name])
+        self.link = best if spreads[best] <= WORST_FIT else "exp"
 
     def read(self, indices: Tensor, weights: Tensor) -> GateReading:
         """What the gate chose, and what it thinks of the experts that it did not choose.

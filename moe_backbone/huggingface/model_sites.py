@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
-from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -16,23 +15,16 @@ from moe_backbone.checks import require
 from moe_backbone.huggingface.experts import ExpertSite, switch_experts
 from moe_backbone.huggingface.heads import attend, switched
 from moe_backbone.huggingface.passes import Decision, ForwardPass, current_pass
-from moe_backbone.kernels.rows import record_rows
+from moe_backbone.kernels.rows import record_rows, uncounted
 from moe_backbone.sites import RoutingSite
 
 IMPLEMENTATION = "routegym"
 """Name of our experts and attention functions among those of transformers."""
 PROBE_SHAPE = (2, 24)
 """Sequences and tokens of the pass that finds the sites."""
-
-_owners: WeakKeyDictionary[nn.Module, ReferenceType[ModelSites]] = WeakKeyDictionary()
-"""Who stands in a module; by weak references, as what stands in a model keeps it alive."""
-KEEPER = "_routegym_sites"
-"""Attribute of a model that is steered, so that this lasts as long as the model does."""
-
-
-def _owner(module: nn.Module) -> ModelSites | None:
-    reference = _owners.get(module)
-    return None if reference is None else reference()
+OWNER = "_routegym_sites"
+"""Attribute of a steered model's modules by which our functions find its sites; a table of them here would keep every
+model in memory."""
 
 
 @cache
@@ -47,20 +39,14 @@ def register() -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-def _experts_forward(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor, **rest: Any) -> Tensor:
-    owner = _owner(module)
-    if owner is None:  # a copy of a model that is steered
-        return type(module).forward.__wrapped__(module, hidden, indices, weights, **rest)
-    return owner.experts_forward(module, hidden, indices, weights)
+def _experts_forward(module: nn.Module, hidden: Tensor, indices: Tensor, weights: Tensor, **_: Any) -> Tensor:
+    return getattr(module, OWNER).experts_forward(module, hidden, indices, weights)
 
 
 def _attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **rest: Any
 ) -> Any:
-    owner = _owner(module)
-    if owner is None:
-        return _sdpa(module, query, key, value, attention_mask, **rest)
-    return owner.attention_forward(module, query, key, value, attention_mask, **rest)
+    return getattr(module, OWNER).attention_forward(module, query, key, value, attention_mask, **rest)
 
 
 def _sdpa(*args: Any, **rest: Any) -> Any:
@@ -81,14 +67,11 @@ class ModelSites:
         default: The pass that decides where no other is under way; None for native routing.
 
     Raises:
-        ValueError: If the model has no site, or is steered already.
+        ValueError: If the model has no site, or has one that cannot be steered.
     """
 
     def __init__(self, model: Any, heads: bool | None = None) -> None:
         register()
-        free = not any(_owner(module) for module in model.modules())
-        rule = "model must not be steered already (detach its router, or release its backbone)"
-        require(free, f"{rule}, got {type(model).__name__}, which is")
         self.model = model
         self.default: ForwardPass | None = None
         self.sites: tuple[RoutingSite, ...] = ()
@@ -98,6 +81,7 @@ class ModelSites:
         self._inputs: dict[nn.Module, Tensor] = {}
         self._after: dict[nn.Module, Any] = {}
         self._before = self._implementations()
+        self._below: ModelSites | None = None
         self._width = 0
         self._probing: list[nn.Module] | None = []
         self._found: list[tuple[nn.Module, RoutingSite, int]] = []
@@ -134,10 +118,10 @@ class ModelSites:
         return experts, model.config._attn_implementation
 
     def _install(self, *, experts: bool, heads: bool) -> None:
-        """Put our functions into the model."""
-        self.model.__dict__[KEEPER] = self
+        """Put our functions into the model, on top of others that may stand there."""
+        self._before, self._below = self._implementations(), vars(self.model).get(OWNER)
         for module in self.model.modules():
-            _owners[module] = ref(self)
+            setattr(module, OWNER, self)
         if experts and self._before[0] is not None:
             self.model.set_experts_implementation(IMPLEMENTATION)
         if heads and self._before[1] == "sdpa":
@@ -148,9 +132,19 @@ class ModelSites:
         for handle in self._handles:
             handle.remove()
         self._handles, self._inputs = [], {}
-        self.model.__dict__.pop(KEEPER, None)
+        top = above = vars(self.model).get(OWNER)
+        while above is not None and above is not self and above._below is not self:
+            above = above._below
+        if above is None:  # released before
+            return
+        if top is not self:  # others stay on top
+            above._below, above._before = self._below, self._before
+            return
         for module in self.model.modules():
-            _owners.pop(module, None)
+            if self._below is None:
+                delattr(module, OWNER)
+            else:
+                setattr(module, OWNER, self._below)
         if self._before[0] is not None:
             self.model.set_experts_implementation(self._before[0])
         self._restore_attention()
@@ -170,7 +164,8 @@ class ModelSites:
         config = self.model.config.get_text_config()
         tokens = torch.randint(config.vocab_size, PROBE_SHAPE, generator=generator)
         device = self.model.get_input_embeddings().weight.device
-        self.model(input_ids=tokens.to(device), use_cache=False)
+        with uncounted():
+            self.model(input_ids=tokens.to(device), use_cache=False)
         self._probing = None
 
     def _hook_attention(self, module: nn.Module) -> None:
