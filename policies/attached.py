@@ -9,7 +9,7 @@ import torch
 
 from moe_backbone.checks import require
 from moe_backbone.compute import ComputeMeter
-from moe_backbone.sites import NativeRouter, Router, SiteView
+from moe_backbone.sites import Router, SiteView
 from policies.hub import router_folder
 from policies.portable import load_router, read_sites
 
@@ -136,8 +136,3 @@ class RoutedModel:
 
     def __exit__(self, *_: object) -> None:
         self.detach()
-
-
-def attach_native(model: Any) -> RoutedModel:
-    """The model under its own routing, run by our kernels: what any router must be held against in time."""
-    return attach(model, NativeRouter())
