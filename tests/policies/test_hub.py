@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-huggingface_hub = pytest.importorskip("huggingface_hub", reason="the hub needs the extra huggingface")
-
 from policies import push_router
 from policies.hub import router_folder
 from policies.tied_files import DESCRIPTION, WEIGHTS
+
+huggingface_hub = pytest.importorskip("huggingface_hub", reason="the hub needs the extra huggingface")
 
 
 @pytest.fixture
