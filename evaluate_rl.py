@@ -237,7 +237,8 @@ def fixed_points(context: Context) -> Iterator[FixedPoint]:
 def greedy_points(backbone: Backbone, corpus: Corpus, tokens: Tensor, targets: Tensor) -> list[GreedyPoint]:
     """The greedy search's routers on training windows; searched once for a backbone, then kept in the cache."""
     meaning = "" if backbone.head_meaning == "query" else f"-{backbone.head_meaning}"
-    key = f"greedy{meaning}-{backbone.sha256()[:12]}-{corpus.sha256[:12]}-{tokens.numel()}-v{GREEDY_VERSION}.json"
+    text = f"{corpus.sha256[:12]}-{len(tokens)}x{tokens.shape[1]}"
+    key = f"greedy{meaning}-{backbone.sha256()[:12]}-{len(backbone.sites)}-{text}-v{GREEDY_VERSION}.json"
     path = cache_folder() / key
     if path.exists():
         return [GreedyPoint.from_json(point) for point in json.loads(path.read_text(encoding="utf-8"))]

@@ -132,4 +132,4 @@ def _all_cell(routing: TokenRouting, native: TokenRouting) -> Cell:
 def profile_source(profile: Profile) -> str:
     """Where figures that are counted for the page come from."""
     num_sequences, seq_len = profile.tokens.shape
-    return f"counted for this page on {num_sequences} windows of {seq_len} held-out bytes; in no other file"
+    return f"counted for this page on {num_sequences} windows of {seq_len} held-out {profile.word}s; in no other file"

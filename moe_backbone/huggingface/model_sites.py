@@ -108,6 +108,11 @@ class ModelSites:
                 self._handles.append(module.register_forward_hook(self._add_constants))
 
     @property
+    def steers(self) -> bool:
+        """Whether the model asks here: not after `release`, nor while another one stands on top."""
+        return vars(self.model).get(OWNER) is self
+
+    @property
     def hidden_size(self) -> int:
         """Width of the features of the widest site; those of others are filled up with zeros."""
         return self._width

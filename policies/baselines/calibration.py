@@ -34,8 +34,8 @@ class Calibration:
 
     @property
     def native_experts(self) -> int:
-        """Experts of a token at the site with the fewest."""
-        return min(site.native_units for site in self.expert_sites)
+        """Experts of a token at the site with the fewest; 1 where there are only heads, which no count then changes."""
+        return min((site.native_units for site in self.expert_sites), default=1)
 
     @property
     def halved_experts(self) -> tuple[int, ...]:

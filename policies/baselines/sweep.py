@@ -47,6 +47,8 @@ HEAD_FAMILIES: dict[str, Family] = {
     "expert-pruning+heads": fitted.expert_pruning_heads,
 }
 """Families that choose heads, which a backbone may lack."""
+WITHOUT_EXPERTS = ("random-subset", "random-heads", "random-heads-each", "top-k+pruning")
+"""Families that mean something where there are only heads."""
 FIXED_NAMES = (*EXPERT_FAMILIES, *HEAD_FAMILIES, "greedy")
 """Families of fixed routers, native aside."""
 
@@ -62,7 +64,7 @@ def fixed_routers(
 ) -> list[FixedPoint]:
     """The whole sweep: native, every family at its settings, and greedy search.
 
-    Families that choose heads are left out where the backbone has no head sites.
+    Families that choose heads are left out where the backbone has no head sites, and those of experts likewise.
 
     Args:
         backbone: What the routers are for.
@@ -74,6 +76,8 @@ def fixed_routers(
     """
     text = Calibration(backbone, tokens, targets, seed)
     families = EXPERT_FAMILIES | (HEAD_FAMILIES if text.head_sites else {})
+    if not text.expert_sites:
+        families = {name: families[name] for name in WITHOUT_EXPERTS}
     points = [FixedPoint("native", {}, NativeRouter())]
     for name, family in families.items():
         if name.startswith(tuple(wanted)):

@@ -307,3 +307,30 @@ def test_something_else_than_a_model_or_a_folder_is_refused(mixtral: Trained, tm
         policies.attach(torch.nn.Linear(2, 2), NativeRouter())
     with pytest.raises(ValueError, match="router must be a folder or a hub id"):
         policies.attach(mixtral.load(), tmp_path / "nowhere", price=0.1)
+
+
+def test_padding_is_not_counted(mixtral: Trained) -> None:
+    """A prompt costs the same share of native compute alone and behind padding."""
+    tokens = mixtral.tokens()[:2, :9]
+    pads, model = torch.zeros(2, 7, dtype=torch.int64), mixtral.load()
+    with policies.attach(model, feature_router(HuggingFaceBackbone(model, seq_len=24)).at_price(0.2)) as routed:
+        routed(input_ids=tokens)
+        alone = routed.compute
+        routed.reset_compute()
+        mask = torch.cat((pads, torch.ones_like(tokens)), dim=1)
+        routed(input_ids=torch.cat((pads, tokens), dim=1), attention_mask=mask)
+        assert routed.compute == pytest.approx(alone)
+
+
+def test_a_router_that_does_not_steer_says_so(mixtral: Trained) -> None:
+    """Neither below another one nor after it was detached does it pass for the model."""
+    model = mixtral.load()
+    below, above = policies.attach(model, NativeRouter()), policies.attach(model, NativeRouter())
+    for use in (lambda: below(input_ids=mixtral.tokens()), lambda: below.generate):
+        with pytest.raises(ValueError, match="router must be attached, and the last one attached to its model"):
+            use()
+    above.detach()
+    assert callable(below.generate)
+    below.detach()
+    with pytest.raises(ValueError, match="router must be attached"):
+        below(input_ids=mixtral.tokens())
