@@ -81,6 +81,27 @@ def test_the_router_goes_into_the_model(routed_run: Path, checkpoint: Path) -> N
     assert torch.equal(model(**inputs).logits, before)
 
 
+@pytest.mark.parametrize("dense", [True, False])
+def test_heads_are_routed(
+    start_run: Callable[..., Path], checkpoint: Path, routed_run: Path, run_world: Path, dense: bool
+) -> None:
+    """Of a dense model for lack of experts, beside the experts on demand; evaluated as any run, one after another."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    changes: dict[str, Any] = {"seq_len": 16, "warm_start__num_sequences": 2, "checkpoint": checkpoint}
+    words = ["--route-heads"]
+    if dense:
+        folder, words = run_world / "llama", []
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(folder)
+        load_tokenizer(str(checkpoint)).save_pretrained(folder)
+        changes["checkpoint"] = folder
+    run = start_run(f"routed-heads-{dense}", *words, **changes)
+    kinds = ["heads"] * 2 if dense else ["heads", "experts"] * 2
+    assert [site.kind for site in policies.portable.read_sites(run)] == kinds
+    assert (run / "report.html").exists()
+
+
 class TestRefusals:
     """One line each, and no run folder."""
 
