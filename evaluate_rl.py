@@ -87,8 +87,8 @@ class EvaluationConfig:
     greedy_tokens: int = 8_192
     """Training tokens that the greedy search and the ranking of heads look at."""
     routers: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--routers",))] = ()
-    """Routers beside the learned one, by name or prefix; `all` for every one; none for those that need no training.
-    `smaller-native` trains six smaller backbones on first use and must be named."""
+    """Routers beside the learned one, by name or by how names begin; `all` for every one; none for those that need no
+    training. `smaller-native` trains six smaller backbones on first use and must be named."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "max_tokens", "selection_tokens", "num_prices", "greedy_tokens")
@@ -100,7 +100,8 @@ class EvaluationConfig:
         """Whether the router of this name is scored; what is no router at all, only if it is named."""
         if not self.routers or (ALL in self.routers and rival):
             return not trained or ALL in self.routers
-        return name.startswith(tuple(prefix for prefix in self.routers if prefix != ALL))
+        exact = set(self.routers) & set(known_routers())
+        return name in exact or name.startswith(tuple(set(self.routers) - exact - {ALL}))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,7 +92,7 @@ def run(config: TrainConfig) -> Path:
             shutil.rmtree(folder)
         raise
     logger.info(
-        "training %.0f s, router of %s parameters, evaluation %.0f s; router, evaluation.json, tradeoff.png are in %s",
+        "training %.0f s, router of %s parameters, evaluation %.0f s; router and report.html are in %s",
         trained - started,
         f"{sum(weights.numel() for weights in current.router.parameters()):,}",
         time.perf_counter() - trained,

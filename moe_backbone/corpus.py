@@ -137,7 +137,7 @@ def _split(name: str, documents: list[bytes], vocabulary: Vocabulary) -> Corpus:
     sha256 = hashlib.sha256(b"".join(_digest(document).encode() for document in documents)).hexdigest()
     parts: dict[str, list[bytes]] = {"test": [], "validation": [], "train": []}
     if len(documents) < FEW_DOCUMENTS:
-        logger.info("corpus %s has %d documents: each is cut into train, validation and test", name, len(documents))
+        logger.info("corpus %s has %d document(s): each is cut into train, validation and test", name, len(documents))
         for document in documents:
             first = int(len(document) * (1 - TEST_SHARE - VALIDATION_SHARE))
             second = int(len(document) * (1 - TEST_SHARE))

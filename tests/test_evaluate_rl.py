@@ -176,6 +176,7 @@ def test_only_all_or_a_name_asks_for_families_that_train(monkeypatch: pytest.Mon
         for config in [EvaluationConfig(routers=names)]
     }
     assert wanted == {(): ["top-k"], ("all",): ["top-k", "fake"], ("top",): ["top-k"], ("fa",): ["fake"]}
+    assert not EvaluationConfig(routers=("greedy",)).wants("greedy+constants", trained=True)  # it is a name itself
     for names, scored in ((("all",), False), (("all", "small"), True), (("small",), True)):
         assert EvaluationConfig(routers=names).wants("small", trained=True, rival=False) == scored
     assert not EvaluationConfig(routers=("all",)).wants("all-of-them", trained=True, rival=False)
