@@ -149,6 +149,7 @@ def test_a_turned_weight_is_recognised_without_a_copy(weight: Tensor) -> None:
 
 def test_a_layout_dies_with_its_weight() -> None:
     """No memory stays behind."""
+    gc.collect()  # what earlier tests left
     before = len(layouts._layouts)
     layouts.products(torch.randn(1, INPUTS, OUTPUTS))
     gc.collect()
