@@ -76,7 +76,7 @@ class Profile:
     @property
     def word(self) -> str:
         """What a reader calls a token."""
-        return "byte" if self.vocabulary is BYTES else "token"
+        return self.vocabulary.unit
 
     @property
     def first_bytes(self) -> NDArray[np.int64]:

@@ -122,14 +122,10 @@ def load_corpus(paths: Sequence[Path] = (), *, seq_len: int = 128, vocabulary: V
     for split in (corpus.train, corpus.validation, corpus.test):
         if len(split.tokens) < 2 * seq_len:
             raise ValueError(
-                f"corpus must give every part at least 2 * seq_len={2 * seq_len} {_unit(vocabulary)}, "
+                f"corpus must give every part at least 2 * seq_len={2 * seq_len} {vocabulary.unit}s, "
                 f"got {len(split.tokens)} for {split.name} of {name}"
             )
     return corpus
-
-
-def _unit(vocabulary: Vocabulary) -> str:
-    return "bytes" if vocabulary is BYTES else "tokens"
 
 
 def _split(name: str, documents: list[bytes], vocabulary: Vocabulary) -> Corpus:

@@ -58,14 +58,29 @@ class _Turn(torch.autograd.Function):
     def backward(ctx: Any, pull: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of the switch (num_tokens, num_experts)."""
         update, layer, rows, scores, subset, compensation = ctx.parts
-        sign = 1 - 2 * subset.to(update.dtype)  # of turning an expert round
         before = (pull * update).sum(1, keepdim=True)
         after = _turned(layer, rows, scores, subset, before, update, pull)
-        if compensation is not None:
-            count = subset.sum(1, keepdim=True)
-            after = compensation.along(after, count + sign.long(), pull)
-            before = compensation.along(before, count, pull)
-        return (sign * (after - before), *(None for _ in ctx.parts))
+        return (effect_of_turning(before, after, subset, pull, compensation), *(None for _ in ctx.parts))
+
+
+def effect_of_turning(
+    before: Tensor, after: Tensor, subset: Tensor, pull: Tensor, compensation: ExpertCompensation | None
+) -> Tensor:
+    """Gradient of each expert's switch (num_tokens, num_experts).
+
+    Args:
+        before: The mixture along the pull (num_tokens, 1).
+        after: The same with each expert turned round (num_tokens, num_experts).
+        subset: Experts that run, bool, same shape.
+        pull: Gradient of the update (num_tokens, hidden_size).
+        compensation: What is done to mixtures of few experts.
+    """
+    sign = 1 - 2 * subset.to(pull.dtype)
+    if compensation is not None:
+        count = subset.sum(1, keepdim=True)
+        after = compensation.along(after, count + sign.long(), pull)
+        before = compensation.along(before, count, pull)
+    return sign * (after - before)
 
 
 def _turned(

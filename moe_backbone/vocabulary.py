@@ -12,8 +12,8 @@ from torch import Tensor
 class Vocabulary(Protocol):
     """Turns text into tokens and shows them."""
 
-    name: str
-    """Such as `bytes`."""
+    unit: str
+    """What a reader calls a token: `byte`, or `token`."""
 
     def encode(self, document: bytes) -> Tensor:
         """Tokens of UTF-8 text, closed by an end of document: integers (num_tokens,)."""
@@ -27,7 +27,7 @@ class Vocabulary(Protocol):
 class Bytes:
     """A token a byte; a zero byte ends a document."""
 
-    name = "bytes"
+    unit = "byte"
 
     def encode(self, document: bytes) -> Tensor:
         """Bytes, uint8 (num_tokens,)."""

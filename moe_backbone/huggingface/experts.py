@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe_backbone.compensation import ExpertCompensation
 from moe_backbone.kernels import expert_mlp
 from moe_backbone.kernels.rows import record_rows, uncounted
+from moe_backbone.relaxed import effect_of_turning
 from moe_backbone.sites import best_units
 
 Link = Literal["exp", "sigmoid", "sqrtsoftplus", "identity"]
@@ -111,9 +112,8 @@ class ExpertSite:
         """
         shape = (len(indices), self.num_experts)
         native = torch.zeros(shape, dtype=torch.bool, device=indices.device).scatter(1, indices, True)
-        given = torch.zeros(shape, device=indices.device).scatter_add(
-            1, indices, weights.float()
-        )  # one may stand twice
+        nothing = torch.zeros(shape, device=indices.device)
+        given = nothing.scatter_add(1, indices, weights.float())  # an expert may stand twice
         logits = self._logits_of(weights)
         if logits is None:
             scores = (given / given.sum(1, keepdim=True).clamp_min(LEAST_SCORE)).clamp_min(LEAST_SCORE).log()
@@ -238,13 +238,9 @@ class _Turn(torch.autograd.Function):
         rows, site, gate, subset, tried, compensation = ctx.parts
         with uncounted():
             lone = _lone(site, rows, tried, pull)
-        sign = 1 - 2 * subset.float()  # of turning an expert round
-        before, after = _mixtures(site, gate, subset, lone, sign)
-        if compensation is not None:
-            count = subset.sum(1, keepdim=True)
-            after = compensation.along(after, count + sign.long(), pull.float())
-            before = compensation.along(before, count, pull.float())
-        return (sign * (after - before) * tried, *(None for _ in ctx.parts))
+        before, after = _mixtures(site, gate, subset, lone)
+        effect = effect_of_turning(before, after, subset, pull.float(), compensation)
+        return (effect * tried, *(None for _ in ctx.parts))
 
 
 def _lone(site: ExpertSite, rows: Tensor, tried: Tensor, pull: Tensor) -> Tensor:
@@ -257,12 +253,12 @@ def _lone(site: ExpertSite, rows: Tensor, tried: Tensor, pull: Tensor) -> Tensor
     return lone
 
 
-def _mixtures(site: ExpertSite, gate: GateReading, subset: Tensor, lone: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+def _mixtures(site: ExpertSite, gate: GateReading, subset: Tensor, lone: Tensor) -> tuple[Tensor, Tensor]:
     """Along the pull, the mixture (num_tokens, 1), and the one with each expert turned round (num_tokens, num_experts).
 
     `lone` is every expert's output along the pull (num_tokens, num_experts).
     """
-    potentials = gate.potentials
+    potentials, sign = gate.potentials, 1 - 2 * subset.float()
     part = (potentials * subset * lone).sum(1, keepdim=True)
     turned = part + sign * potentials * lone
     if not site.renormalised:

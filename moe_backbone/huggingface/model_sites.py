@@ -80,8 +80,6 @@ class ModelSites:
         self._handles: list[Any] = []
         self._inputs: dict[nn.Module, Tensor] = {}
         self._after: dict[nn.Module, Any] = {}
-        self._before = self._implementations()
-        self._below: ModelSites | None = None
         self._width = 0
         self._probing: list[nn.Module] | None = []
         self._found: list[tuple[nn.Module, RoutingSite, int]] = []

@@ -25,10 +25,12 @@ class TokenizerVocabulary:
         ValueError: If the tokenizer has tokens that the model does not.
     """
 
+    unit = "token"
+
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         size = len(tokenizer)
         require(size <= vocab_size, f"tokenizer must have at most the model's {vocab_size} tokens, got {size}")
-        self.tokenizer, self.name = tokenizer, f"tokenizer of {size} tokens"
+        self.tokenizer = tokenizer
         end = (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id)
         self.end: int | None = next((token for token in end if token is not None), None)
 
