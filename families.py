@@ -109,6 +109,8 @@ def compensated_greedy(context: Context) -> list[PointSpec]:
 def smaller_native(context: Context) -> list[PointSpec]:
     """Smaller backbones, trained as long; a row each, and none can be the best other router: they are no routers."""
     config = run_config(context)
+    rule = "routers must not name smaller-native for a backbone that the run did not train"
+    require(config.backbone_dir is None, f"{rule}, got {config.backbone_dir}")
     specs = [SmallerSpec(model=model, config=config, context=context) for model in smaller_models(config.backbone)]
     return list(specs)  # type: ignore[arg-type]
 

@@ -26,7 +26,7 @@ from moe_backbone.corpus import Corpus, load_corpus
 from moe_backbone.pretrain import load_weights
 from run_folder import describe_run, new_run_folder, read_config
 from training_config import PRESETS, TrainConfig
-from training_run import ADAPTED, Run, adapt, load_backbone, load_checkpoint, load_parts
+from training_run import ADAPTED, Run, adapt, load_backbone, load_given, load_parts
 
 logger = logging.getLogger("train_rl")
 
@@ -68,7 +68,7 @@ def run(config: TrainConfig) -> Path:
     if resumed is not None:
         config = read_config(resumed, TrainConfig)
     device = pick_device(config.device)
-    parts: Any = load_checkpoint(config, device) if config.checkpoint else None  # what is wrong with it is told first
+    parts: Any = load_given(config, device)  # what is wrong with it is told first
     corpus = parts[0] if parts else load_corpus(config.corpus, seq_len=config.backbone.seq_len)
     folder = resumed or new_run_folder(config.run_dir, config.seed)
     logger.info("run: %s  (TensorBoard: tensorboard --logdir %s)", folder, folder.parent)

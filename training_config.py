@@ -79,6 +79,9 @@ class TrainConfig:
     checkpoint: str | None = None
     """Route this instead of a backbone of our own: folder or hub id of a mixture-of-experts model of transformers, or
     of a dense one, by its attention heads. Needs the extra `huggingface`; its weights are never changed."""
+    backbone_dir: Path | None = None
+    """Route the backbone of this folder, as `train_backbone.py` leaves it, instead of one trained on the corpus;
+    `backbone` and `pretrain` are not used then."""
     seq_len: int = 128
     """Tokens of a window, for `checkpoint`."""
     dtype: str = "auto"
@@ -118,6 +121,10 @@ class TrainConfig:
         rule = "env.cache_price must be 0 unless head_meaning is query_key_value"
         priced = self.env.cache_price > 0 and self.head_meaning == "query"
         require(not priced, f"{rule}, got {self.env.cache_price}")
+        if self.backbone_dir is not None:
+            require(self.checkpoint is None, f"checkpoint must not be given beside backbone_dir, got {self.checkpoint}")
+            rule = "adapt_backbone must be 0 with backbone_dir"
+            require(not self.adapt_backbone, f"{rule}, got {self.adapt_backbone}")
         if self.checkpoint is not None:
             require(not self.adapt_backbone, f"adapt_backbone must be 0 for a checkpoint, got {self.adapt_backbone}")
             require(

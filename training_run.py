@@ -25,6 +25,7 @@ from moe_backbone.corpus import Corpus, load_corpus
 from moe_backbone.files import write_atomic
 from moe_backbone.huggingface import HuggingFaceBackbone, TokenizerVocabulary, load_model, load_tokenizer
 from moe_backbone.pretrain import PretrainConfig, backbone_key, cache_folder, fine_tune, load_or_train
+from moe_backbone.saved import load_saved
 from policies.calibration import Calibration, calibrate
 from policies.callbacks import GateSteps, PeriodicEvaluation, PeriodicSave, ProgressBar, RoutingMetrics
 from policies.cost_limit import SPREAD, CostLimit
@@ -52,11 +53,26 @@ def load_backbone(config: TrainConfig, corpus: Corpus, device: str) -> MoETransf
 
 
 def load_parts(config: TrainConfig, device: str) -> tuple[Corpus, Backbone]:
-    """The corpus and the backbone of a run: a checkpoint of transformers, or one trained on the corpus."""
-    if config.checkpoint is not None:
-        return load_checkpoint(config, device)
+    """The corpus and the backbone of a run: one that is given, or one trained on the corpus."""
+    if (given := load_given(config, device)) is not None:
+        return given
     corpus = load_corpus(config.corpus, seq_len=config.backbone.seq_len)
     return corpus, load_backbone(config, corpus, device)
+
+
+def load_given(config: TrainConfig, device: str) -> tuple[Corpus, Backbone] | None:
+    """The run's corpus and the backbone that it names: a checkpoint of transformers, or a folder; None without either.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    if config.checkpoint is not None:
+        return load_checkpoint(config, device)
+    if config.backbone_dir is None:
+        return None
+    backbone = load_saved(config.backbone_dir, device)
+    backbone.head_meaning = config.head_meaning
+    return load_corpus(config.corpus, seq_len=backbone.config.seq_len), backbone
 
 
 def load_checkpoint(config: TrainConfig, device: str) -> tuple[Corpus, HuggingFaceBackbone]:

@@ -1,0 +1,63 @@
+"""A trained backbone as two files that load no code: `backbone.safetensors` and `backbone.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from moe_backbone.checks import require
+from moe_backbone.config import BackboneConfig
+from moe_backbone.files import write_atomic, write_text_atomic
+from moe_backbone.transformer import MoETransformer
+
+WEIGHTS, DESCRIPTION = "backbone.safetensors", "backbone.json"
+FORMAT = 1
+
+
+def save_backbone(backbone: MoETransformer, folder: Path, about: Mapping[str, Any] | None = None) -> None:
+    """Write both files, each whole or not at all; makes the folder if it is not there.
+
+    Args:
+        backbone: What is kept: sizes and weights.
+        folder: Where the files go.
+        about: How it was made, JSON values, for readers.
+    """
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in backbone.state_dict().items()}
+    description = {"format": FORMAT, "config": asdict(backbone.config), "about": dict(about or {})}
+    write_atomic(folder / WEIGHTS, lambda path: save_file(weights, path))
+    write_text_atomic(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
+
+
+def load_saved(folder: Path, device: str = "cpu") -> MoETransformer:
+    """The backbone of a folder, in evaluation mode, frozen, on `device`.
+
+    Raises:
+        ValueError: If a file is missing, damaged, of another format, or the two do not fit.
+    """
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        made, config = description["format"], BackboneConfig(**description["config"])
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"backbone folder must hold readable {WEIGHTS} and {DESCRIPTION}, got {folder}: {error}"
+        ) from None
+    require(made == FORMAT, f"backbone format must be {FORMAT}, got {made} in {folder}")
+    backbone = MoETransformer(config)
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"backbone weights must fit {DESCRIPTION}, got {folder}: {error}".replace("\n", " ")) from None
+    return backbone.requires_grad_(False).eval().to(device)
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """How the backbone of a folder was made."""
+    about: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")).get("about", {})
+    return about
