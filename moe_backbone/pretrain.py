@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from moe_backbone.checks import require_at_least
+from moe_backbone.checks import require, require_at_least
 from moe_backbone.config import BackboneConfig
 from moe_backbone.corpus import Corpus, Split
 from moe_backbone.files import read_whole, write_atomic
 from moe_backbone.quality import token_log_likelihood
-from moe_backbone.sites import NativeRouter, Router, SiteView, best_units
+from moe_backbone.random_routing import RandomRouting, RandomUnits, disagreement
+from moe_backbone.sites import NativeRouter, Router, SiteView
 from moe_backbone.transformer import MoETransformer, balance_loss
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 RouterMaker = Callable[[torch.Generator], Router]
 RECIPE_VERSION = 2
 """Raised when this file trains other weights from the same settings."""
+LATER_SETTINGS = frozenset({"random_schedule", "random_units", "consistency"})
+"""Settings younger than the recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +55,17 @@ class PretrainConfig:
     balance_weight: float = 0.01
     """Weight of the load-balance loss of the native gate."""
     random_routing: float = 0.0
-    """Share of sequences trained with random numbers of experts per token and random subsets of heads; 0 to 1."""
+    """Share of sequences trained under random subsets, see `random_units`; 0 to 1."""
     random_from: float = 0.0
     """Share of training that passes before random routing starts; 0 for all of training, 0.7 for the last 30 %."""
+    random_schedule: Literal["constant", "linear"] = "constant"
+    """From there on: the share at once, or growing linearly from 0 to it at the end."""
+    random_units: tuple[RandomUnits, ...] = ("heads", "depth")
+    """What is drawn: `heads` (each token its own, at a rate drawn for the sequence) or `sequence_heads` (one choice a
+    sequence); `depth` (how many experts, best first), `experts` (which ones), or both."""
+    consistency: float = 0.0
+    """Weight of the disagreement between two routes of the same tokens (arXiv:2110.04260), nats; above 0 a step under
+    random routing has half as many different sequences, each of them twice."""
     eval_every: int = 100
     """Steps between looks at the validation documents."""
     patience: int = 4
@@ -67,40 +78,18 @@ class PretrainConfig:
         for name in ("random_routing", "random_from"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        require_at_least(self, 0, "consistency")
+        require(bool(self.random_units), "random_units must name what is drawn, got none")
+        for unit in self.random_units:
+            known = ", ".join(get_args(RandomUnits))
+            require(unit in get_args(RandomUnits), f"random_units must be some of {known}, got {unit!r}")
+        both = {"heads", "sequence_heads"} <= set(self.random_units)
+        require(not both, "random_units must name one of heads and sequence_heads, got both")
+        schedules = ("constant", "linear")
+        rule = f"random_schedule must be one of {', '.join(schedules)}"
+        require(self.random_schedule in schedules, f"{rule}, got {self.random_schedule!r}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-
-
-class RandomRouting:
-    """Native routing for some sequences; for the rest a random number of experts per token and random heads.
-
-    A random sequence draws at each head site the share of heads it keeps, uniform from 0 to 1, then each of its tokens
-    its own heads at that rate. The number of experts is uniform from 0 to one above the native number for each token
-    and site, best gate scores first.
-    """
-
-    def __init__(self, native_share: float, generator: torch.Generator) -> None:
-        """Draw from `generator`; `native_share` of the sequences stay native."""
-        self.native_share = native_share
-        self.generator = generator
-
-    def select(self, view: SiteView) -> Tensor:
-        """Choose the units that run: bool (num_tokens, num_units)."""
-        native = NativeRouter().select(view)
-        num_sequences, seq_len = view.tokens.shape
-        if view.index == 0:
-            self._native_rows = self._uniform(view, num_sequences).lt(self.native_share).repeat_interleave(seq_len)
-        if view.site.kind == "heads":
-            rate = self._uniform(view, num_sequences).repeat_interleave(seq_len).unsqueeze(1)
-            chosen = self._uniform(view, *view.scores.shape) < rate
-        else:
-            most = min(view.site.native_units + 1, view.site.num_units)
-            chosen = best_units(view.scores, (self._uniform(view, len(view.scores)) * (most + 1)).long())
-        return torch.where(self._native_rows.unsqueeze(1), native, chosen)
-
-    def _uniform(self, view: SiteView, *shape: int) -> Tensor:
-        """Drawn on the generator's device: the same numbers wherever the backbone runs."""
-        return torch.rand(*shape, generator=self.generator).to(view.scores.device)
 
 
 class _Recorder:
@@ -129,8 +118,14 @@ def cache_folder() -> Path:
 
 def backbone_key(corpus: Corpus, config: BackboneConfig, pretrain: PretrainConfig) -> str:
     """Hash of everything that shapes the weights."""
-    content = [RECIPE_VERSION, corpus.sha256, asdict(config), asdict(pretrain)]
+    content = [RECIPE_VERSION, corpus.sha256, asdict(config), _settings(pretrain)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _settings(pretrain: PretrainConfig) -> dict[str, Any]:
+    """Those that came later are left out at their defaults: they change nothing there, and old backbones stay found."""
+    values, plain = asdict(pretrain), asdict(PretrainConfig())
+    return {name: value for name, value in values.items() if name not in LATER_SETTINGS or value != plain[name]}
 
 
 def load_or_train(
@@ -222,11 +217,17 @@ class Pretraining:
 
     def _train_step(self) -> None:
         settings = self.pretrain
-        tokens, targets = self.corpus.train.sample(settings.sequences, self.config.seq_len, self.batches)
+        twice = settings.consistency > 0 and self._random_share() > 0
+        count = math.ceil(settings.sequences / 2) if twice else settings.sequences
+        tokens, targets = self.corpus.train.sample(count, self.config.seq_len, self.batches)
+        if twice:
+            tokens, targets = tokens.repeat(2, 1), targets.repeat(2, 1)
         tokens, targets = tokens.to(self.device), targets.to(self.device)
         router = _Recorder(self._router())
         logits, _ = self.backbone.run(tokens, router)
         loss = -token_log_likelihood(logits, targets).mean()
+        if twice:
+            loss = loss + settings.consistency * disagreement(logits)
         loss = loss + settings.balance_weight * balance_loss(router.scores, router.subsets)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * learning_rate_factor(self.step, settings.steps)
@@ -238,9 +239,18 @@ class Pretraining:
 
     def _router(self) -> Router:
         """What routes the step."""
+        share = self._random_share()
+        return RandomRouting(1 - share, self.noise, self.pretrain.random_units) if share > 0 else NativeRouter()
+
+    def _random_share(self) -> float:
+        """Share of the step's sequences under random subsets."""
         settings = self.pretrain
-        random = settings.random_routing > 0 and self.step >= settings.steps * settings.random_from
-        return RandomRouting(1 - settings.random_routing, self.noise) if random else NativeRouter()
+        start = settings.steps * settings.random_from
+        if self.step < start:
+            return 0.0
+        if settings.random_schedule == "constant":
+            return settings.random_routing
+        return settings.random_routing * (self.step + 1 - start) / max(1.0, settings.steps - start)
 
     def _validation_loss(self) -> float:
         return native_loss(self.backbone, self.corpus.validation, max_tokens=16_384, device=self.device)
@@ -302,6 +312,9 @@ class FineTuning(Pretraining):
 
     def _router(self) -> Router:
         return self.routing
+
+    def _random_share(self) -> float:
+        return 0.0
 
     def _validation_loss(self) -> float:
         """Mean of the losses under native routing and under the router."""

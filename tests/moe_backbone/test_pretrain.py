@@ -11,27 +11,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_backbone import BackboneConfig, MoETransformer, SiteView, best_units
+from moe_backbone import BackboneConfig, MoETransformer, SiteView
 from moe_backbone import pretrain as pretrain_module
 from moe_backbone.corpus import Corpus
 from moe_backbone.pretrain import (
     PretrainConfig,
     Pretraining,
-    RandomRouting,
     backbone_key,
     cache_folder,
     learning_rate_factor,
     load_or_train,
     native_loss,
 )
-from moe_backbone.sites import RoutingSite
+from moe_backbone.random_routing import RandomRouting
 
 SETTINGS = PretrainConfig(steps=20, sequences=4, eval_every=5, random_routing=0.5, random_from=0.25)
 FIRST_RANDOM_STEP = 5
 INTERRUPTED_AT = 13
 LAST_LOOK = 10
 """Last multiple of `eval_every` before the interruption."""
-NUM_SEQUENCES, SEQ_LEN, NUM_EXPERTS, TOP_K, NUM_HEADS = 400, 16, 4, 2, 8
 
 
 def _same_weights(one: MoETransformer, other: MoETransformer) -> bool:
@@ -260,76 +258,6 @@ def test_optimizer_follows_the_learning_rate(tiny_corpus: Corpus, tiny_config: B
     assert [group["lr"] for group in training.optimizer.param_groups] == [pytest.approx(expected)]
 
 
-def _view(index: int) -> SiteView:
-    """Random gate scores at an expert site; zeros, as there is no gate, at a head site."""
-    heads, num_tokens = index % 2 == 0, NUM_SEQUENCES * SEQ_LEN
-    num_units = NUM_HEADS if heads else NUM_EXPERTS
-    return SiteView(
-        index=index,
-        site=RoutingSite(
-            kind="heads" if heads else "experts",
-            layer=index // 2,
-            num_units=num_units,
-            native_units=NUM_HEADS if heads else TOP_K,
-            unit_flops=1,
-        ),
-        features=torch.zeros(num_tokens, 1),
-        scores=torch.zeros(num_tokens, num_units) if heads else torch.randn(num_tokens, num_units).log_softmax(1),
-        price=torch.zeros(num_tokens),
-        tokens=torch.zeros(NUM_SEQUENCES, SEQ_LEN, dtype=torch.int64),
-    )
-
-
-def _random_routing(native_share: float, views: list[SiteView]) -> list[Tensor]:
-    """Subsets of each site (num_sequences, seq_len, num_units)."""
-    router = RandomRouting(native_share, torch.Generator().manual_seed(0))
-    return [router.select(view).unflatten(0, (NUM_SEQUENCES, SEQ_LEN)) for view in views]
-
-
-def test_random_routing_keeps_whole_sequences_native() -> None:
-    """A sequence is native at every site or at none, and the share is the one asked for."""
-    views = [_view(index) for index in range(4)]
-    subsets = _random_routing(0.25, views)
-    natives = []
-    for view, subset in zip(views, subsets, strict=True):
-        native = best_units(view.scores, view.site.native_units).view_as(subset)
-        natives.append((subset == native).flatten(1).all(1))
-    assert natives[1].float().mean().item() == pytest.approx(0.25, abs=0.07)
-    assert torch.equal(natives[3], natives[1])
-    for all_heads in natives[::2]:  # a random sequence has all heads by chance once in 129
-        assert all_heads[natives[1]].all()
-        assert all_heads[~natives[1]].float().mean() < 0.05
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_random_routing_at_the_ends_of_its_range(share: float) -> None:
-    """A share of one is native routing; of zero leaves no sequence with all heads at all tokens but by chance."""
-    heads, _ = _random_routing(share, [_view(0), _view(1)])
-    native = heads.flatten(1).all(1).float().mean().item()
-    assert native == 1.0 if share else native < 0.05
-
-
-def test_random_routing_draws_zero_to_one_above_top_k_experts() -> None:
-    """Every count comes as often, whatever the sequence, and the experts are the best of the gate."""
-    views = [_view(0), _view(1)]
-    subset = _random_routing(0.0, views)[1].flatten(0, 1)
-    counts = subset.sum(1)
-    assert torch.equal(subset, best_units(views[1].scores, counts))
-    shares = counts.bincount() / len(counts)
-    torch.testing.assert_close(shares, torch.full((TOP_K + 2,), 1 / (TOP_K + 2)), atol=0.02, rtol=0)
-
-
-def test_random_routing_varies_the_rate_of_heads_between_sequences() -> None:
-    """Rates of sequences fill [0, 1]; within a sequence each token draws its own heads."""
-    heads = _random_routing(0.0, [_view(0)])[0]
-    rates = heads.float().mean((1, 2))
-    assert rates.std().item() == pytest.approx(math.sqrt(1 / 12), abs=0.03)
-    assert rates.min() < 0.05
-    assert rates.max() > 0.95
-    middle = heads[(rates > 0.3) & (rates < 0.7)]
-    assert middle.flatten(2).float().std(1).gt(0).float().mean() > 0.99
-
-
 def test_random_routing_starts_where_it_is_told_to(
     tiny_corpus: Corpus, tiny_config: BackboneConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,3 +274,62 @@ def test_random_routing_starts_where_it_is_told_to(
     monkeypatch.setattr(RandomRouting, "select", recorded)
     training.run()
     assert random_steps == list(range(FIRST_RANDOM_STEP, SETTINGS.steps))
+
+
+def test_random_routing_that_grows_reaches_its_share_at_the_end(
+    tiny_corpus: Corpus, tiny_config: BackboneConfig
+) -> None:
+    """From nothing before a quarter of 20 steps, in equal parts, to all of it."""
+    settings = replace(SETTINGS, random_schedule="linear")
+    training = Pretraining(tiny_corpus, tiny_config, settings, "cpu", cache_folder() / "run.partial")
+    shares = []
+    for training.step in range(settings.steps):
+        shares.append(training._random_share())
+    assert shares[:FIRST_RANDOM_STEP] == [0.0] * FIRST_RANDOM_STEP
+    assert shares[FIRST_RANDOM_STEP:] == pytest.approx([0.5 * part / 15 for part in range(1, 16)])
+
+
+def test_consistency_runs_half_of_the_texts_twice(
+    tiny_corpus: Corpus, tiny_config: BackboneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many sequences a step as without it, and only where routing is random."""
+    batches: list[Tensor] = []
+    run = MoETransformer.run
+
+    def recorded(self: MoETransformer, tokens: Tensor, *rest: object) -> object:
+        if torch.is_grad_enabled():
+            batches.append(tokens)
+        return run(self, tokens, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(MoETransformer, "run", recorded)
+    settings = replace(SETTINGS, consistency=1.0)
+    Pretraining(tiny_corpus, tiny_config, settings, "cpu", cache_folder() / "run.partial").run()
+    assert [len(batch) for batch in batches] == [SETTINGS.sequences] * SETTINGS.steps
+    twice = [torch.equal(*batch.chunk(2)) for batch in batches]
+    assert twice == [step >= FIRST_RANDOM_STEP for step in range(SETTINGS.steps)]
+
+
+def test_settings_that_came_later_leave_old_backbones_found(tiny_corpus: Corpus, tiny_config: BackboneConfig) -> None:
+    """At their defaults they are no part of the key; elsewhere they are."""
+    keys = {backbone_key(tiny_corpus, tiny_config, replace(SETTINGS, consistency=weight)) for weight in (0.0, 1.0)}
+    assert len(keys) == 2
+    assert "consistency" not in pretrain_module._settings(SETTINGS)
+    assert set(pretrain_module._settings(replace(SETTINGS, consistency=1.0))) - set(
+        pretrain_module._settings(SETTINGS)
+    ) == {"consistency"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"random_units": ()}, "random_units must name what is drawn, got none"),
+        ({"random_units": ("layers",)}, "random_units must be some of heads, .*, got 'layers'"),
+        ({"random_units": ("heads", "sequence_heads")}, "one of heads and sequence_heads, got both"),
+        ({"random_schedule": "cosine"}, "random_schedule must be one of constant, linear, got 'cosine'"),
+        ({"consistency": -1.0}, "consistency must be at least 0, got -1.0"),
+    ],
+)
+def test_refuses_what_cannot_be_drawn(changes: dict[str, object], message: str) -> None:
+    """Name, rule, actual value."""
+    with pytest.raises(ValueError, match=message):
+        PretrainConfig(**changes)  # type: ignore[arg-type]

@@ -44,7 +44,7 @@ def test_refuses_weights_of_other_sizes(saved):
     description = json.loads(path.read_text())
     description["config"]["hidden_size"] = 32
     path.write_text(json.dumps(description))
-    with pytest.raises(ValueError, match="weights must fit backbone.json"):
+    with pytest.raises(ValueError, match="weights must fit"):
         load_saved(saved[1])
 
 

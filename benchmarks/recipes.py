@@ -1,0 +1,233 @@
+"""Recipes side by side, a table for each group.
+
+python -m benchmarks.recipes router      # how the router learns, one change at a time
+python -m benchmarks.recipes price       # one router for all prices, or one for each
+python -m benchmarks.recipes backbone    # how its backbone is trained, and what a router reaches on it
+
+Every row trains the router of a run with each seed, scores it at many prices, router cost counted, and gives absolute
+losses in nats a token at equal compute: means over seeds with the lowest and the highest. What is trained is kept in
+the output folder, where the next call finds it. `--text validation` is for choosing, `--text test` for reporting.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from evaluate_rl import LearnedPoint
+from evaluation import Evaluator, Scored, compute_at_accuracy, frontier, loss_at, score_all
+from evaluation.curves import Curve
+from moe_backbone import MoETransformer
+from moe_backbone.corpus import Corpus, load_corpus
+from moe_backbone.files import write_text_atomic
+from policies.portable import WEIGHTS, load_router
+from training_config import TrainConfig
+from training_run import Run, adapt, load_backbone, tuned_natively
+
+Change = Callable[[TrainConfig], TrainConfig]
+REFERENCE = "default"
+
+
+def _env(**values: Any) -> Change:
+    return lambda config: replace(config, env=replace(config.env, **values))
+
+
+def _gates(**values: Any) -> Change:
+    return lambda config: replace(config, warm_start=replace(config.warm_start, **values))
+
+
+def _ppo(**values: Any) -> Change:
+    return lambda config: replace(config, ppo=replace(config.ppo, **values))
+
+
+def _pretrain(**values: Any) -> Change:
+    return lambda config: replace(config, pretrain=replace(config.pretrain, **values))
+
+
+def _adapt(steps: int) -> Change:
+    return lambda config: replace(config, adapt_backbone=steps)
+
+
+LATE = 2 / 3
+"""Share of pretraining that passes before late random routing."""
+GROUPS: dict[str, dict[str, Change]] = {
+    "router": {
+        REFERENCE: lambda config: config,
+        "no compensation": lambda config: replace(config, compensation=False),
+        "sharpness 1": _gates(sharpness=(1.0, 1.0)),
+        "no gates": _gates(steps=0, per_update=0),
+        "critic, no leave-one-out": _ppo(advantage="gae"),
+        "quality log-likelihood": _env(quality="log_likelihood"),
+        "quality accuracy": _env(quality="accuracy"),
+    },
+    "price": {
+        REFERENCE: lambda config: config,
+        **{f"price {price} only": _env(price_low=price, price_high=price) for price in (0.03, 0.1, 0.3, 1.0)},
+    },
+    "backbone": {
+        REFERENCE: lambda config: config,
+        "random routing throughout": _pretrain(random_routing=0.5),
+        "late random routing": _pretrain(random_routing=0.5, random_from=LATE),
+        "late, share grows": _pretrain(random_routing=1.0, random_from=LATE, random_schedule="linear"),
+        "late, consistency 1": _pretrain(random_routing=0.5, random_from=LATE, consistency=1.0),
+        "late, heads of a sequence": _pretrain(random_routing=0.5, random_from=LATE, random_units=("sequence_heads",)),
+        "late, depth only": _pretrain(random_routing=0.5, random_from=LATE, random_units=("depth",)),
+        "late, random experts": _pretrain(random_routing=0.5, random_from=LATE, random_units=("experts",)),
+        "longer, native": _adapt(600),
+        "longer, under the learned router": _adapt(600),
+    },
+}
+CONTROL = "longer, native"
+"""The row that trains its backbone on without a router; its router is trained on the result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipesConfig:
+    """Which rows, and how much each may spend."""
+
+    group: tyro.conf.Positional[Literal["router", "price", "backbone"]]
+    """What is changed."""
+    output: Path = Path("runs/recipes")
+    """Where routers and scores are kept."""
+    only: tuple[str, ...] = ()
+    """Rows by how their names begin; none for all."""
+    seeds: tuple[int, ...] = (0,)
+    """Of routers; the backbone has one."""
+    total_timesteps: int = 2_000_000
+    """Decisions that PPO learns from."""
+    gate_steps: int = 300
+    """Steps of gates before PPO."""
+    text: Literal["validation", "test"] = "validation"
+    """Documents that are scored."""
+    max_tokens: int = 16_384
+    """Tokens that are scored."""
+    num_prices: int = 10
+    """Prices that each router is scored at."""
+    computes: tuple[float, ...] = (0.7, 0.6, 0.5, 0.4)
+    """Fractions of native compute that the table shows."""
+
+    def base(self) -> TrainConfig:
+        """What every row changes."""
+        config = TrainConfig(total_timesteps=self.total_timesteps, eval_times=0)
+        return replace(config, warm_start=replace(config.warm_start, steps=self.gate_steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One recipe: a curve for each seed, on the backbone of each."""
+
+    curves: list[Curve]
+    native: list[Curve]
+
+
+def train(name: str, config: TrainConfig, corpus: Corpus, folder: Path) -> MoETransformer:
+    """Train backbone and router of a recipe unless they are there; returns the backbone that the router is for."""
+    from train_rl import load_run
+
+    backbone = tuned_natively(config, corpus, "cpu") if name == CONTROL else load_backbone(config, corpus, "cpu")
+    if name == CONTROL:
+        config = replace(config, adapt_backbone=0)
+    if not (folder / WEIGHTS).exists():
+        from run_folder import describe_run
+
+        describe_run(folder, config)
+        current = Run(config, folder, corpus, backbone)
+        current.train()
+        if config.adapt_backbone:
+            current = adapt(config, folder, current)
+            current.train()
+        current.export()
+    if config.adapt_backbone:
+        adapted = load_run(folder, "cpu")[2]
+        assert isinstance(adapted, MoETransformer)
+        return adapted
+    return backbone
+
+
+def measure(config: RecipesConfig, name: str, corpus: Corpus) -> Row:
+    """Train and score one recipe with every seed."""
+    row = Row(curves=[], native=[])
+    for seed in config.seeds:
+        settings = replace(GROUPS[config.group][name](config.base()), seed=seed)
+        folder = config.output / name.replace(" ", "-").replace(",", "") / str(seed)
+        logging.info("%s, seed %d: %s", name, seed, folder)
+        backbone = train(name, settings, corpus, folder)
+        split = corpus.test if config.text == "test" else corpus.validation
+        evaluator = Evaluator(backbone, split, max_tokens=config.max_tokens)
+        router = load_router(folder, backbone)
+        low, high = settings.env.price_low, settings.env.price_high
+        prices = np.geomspace(low, high, config.num_prices if high > low else 1)
+        specs = [LearnedPoint(learned=router, price=float(price), seed=seed) for price in prices]
+        row.curves.append([Scored.on_one_text(scored.held_out) for scored in score_all(specs, evaluator, evaluator)])
+        row.native.append([Scored.on_one_text(evaluator.native)])
+    return row
+
+
+def compute_for(curve: Curve, loss: float) -> float:
+    """Least compute at which a curve reaches a loss, linear between settings; NaN where it never does."""
+    points = frontier(curve)
+    computes = np.array([point.held_out.compute for point in points])
+    losses = np.minimum.accumulate([point.held_out.loss for point in points])
+    if losses[-1] > loss:
+        return float("nan")
+    return float(np.interp(-loss, -losses, computes))
+
+
+def _cell(values: Sequence[float | None], digits: int = 4) -> str:
+    """Mean, and the range where there are several."""
+    known = [value for value in values if value is not None and np.isfinite(value)]
+    if len(known) < len(values):
+        return "-"
+    spread = f" [{min(known):.{digits}f}, {max(known):.{digits}f}]" if len(known) > 1 else ""
+    return f"{np.mean(known):.{digits}f}{spread}"
+
+
+def table(config: RecipesConfig, rows: dict[str, Row]) -> tuple[Table, dict[str, Any]]:
+    """What each recipe reaches, and the compute at which it has the loss of the reference at .6 and .5."""
+    compared = [compute for compute in (0.6, 0.5) if config.group == "backbone"]
+    shown = Table("recipe", "native", *(f"loss at {compute:g}" for compute in config.computes), "99 % at")
+    for compute in compared:
+        shown.add_column(f"same loss as at {compute:g}")
+    content: dict[str, Any] = {}
+    for name, row in rows.items():
+        reference = rows[CONTROL if name.startswith("longer") and CONTROL in rows else REFERENCE]
+        found: dict[str, list[float | None]] = {"native": [curve[0].held_out.loss for curve in row.native]}
+        found |= {f"loss at {c:g}": [loss_at(curve, c) for curve in row.curves] for c in config.computes}
+        found["99 % at"] = [compute_at_accuracy(curve) for curve in row.curves]
+        for compute in compared:
+            goals = [loss_at(curve, compute) for curve in reference.curves]
+            goal = float(np.mean([value if value is not None else np.nan for value in goals]))
+            found[f"same loss as at {compute:g}"] = [compute_for(curve, goal) for curve in row.curves]
+        shown.add_row(
+            name, *(_cell(values, 3 if " at" in key and "loss at" not in key else 4) for key, values in found.items())
+        )
+        content[name] = found
+    return shown, content
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = tyro.cli(RecipesConfig, description=__doc__, args=arguments)
+    wanted = [name for name in GROUPS[config.group] if not config.only or name.startswith(config.only)]
+    corpus = load_corpus()
+    rows: dict[str, Row] = {}
+    for name in [REFERENCE, *(name for name in wanted if name != REFERENCE)]:
+        rows[name] = measure(config, name, corpus)
+    shown, content = table(config, rows)
+    Console(width=200).print(shown)
+    path = config.output / f"{config.group}-{config.text}.json"
+    write_text_atomic(path, json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
