@@ -142,10 +142,10 @@ class TrainConfig:
 PRESETS = {
     "small": ("2.7 M parameters; minutes on a laptop CPU.", TrainConfig()),
     "base": (
-        "26 M parameters, for one GPU.",
+        "32 M parameters, of which a token meets as many as in a dense model of this size; for one GPU.",
         TrainConfig(
             total_timesteps=100_000_000,
-            backbone=BackboneConfig(hidden_size=384, num_layers=6, num_heads=6, intermediate_size=448, seq_len=256),
+            backbone=BackboneConfig(hidden_size=384, num_layers=6, num_heads=6, intermediate_size=254, seq_len=256),
             pretrain=PretrainConfig(steps=5000, sequences=64, learning_rate=1e-3),
             ppo=PPOConfig(num_sequences=16, batch_size=16_384),
         ),
