@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluate_rl import LearnedPoint
-from evaluation import Evaluator, Scored, compute_at_accuracy, frontier, loss_at, score_all
+from evaluation import Evaluator, Scored, average_quality, compute_at_accuracy, frontier, loss_at, score_all
 from evaluation.curves import Curve
 from moe_backbone import MoETransformer
 from moe_backbone.corpus import Corpus, load_corpus
@@ -82,8 +82,8 @@ GROUPS: dict[str, dict[str, Change]] = {
         "late, heads of a sequence": _pretrain(random_routing=0.5, random_from=LATE, random_units=("sequence_heads",)),
         "late, depth only": _pretrain(random_routing=0.5, random_from=LATE, random_units=("depth",)),
         "late, random experts": _pretrain(random_routing=0.5, random_from=LATE, random_units=("experts",)),
-        "longer, native": _adapt(600),
-        "longer, under the learned router": _adapt(600),
+        "longer, native": _adapt(300),
+        "longer, under the learned router": _adapt(300),
     },
 }
 CONTROL = "longer, native"
@@ -172,6 +172,16 @@ def measure(config: RecipesConfig, name: str, corpus: Corpus) -> Row:
     return row
 
 
+def one_curve_of_all(rows: dict[str, Row]) -> dict[str, Row]:
+    """The reference, and the routers of one price each as one curve for each seed."""
+    single = [row for name, row in rows.items() if name != REFERENCE]
+    curves: list[Curve] = [
+        [point for curve in seed for point in curve] for seed in zip(*(row.curves for row in single), strict=True)
+    ]
+    reference = rows[REFERENCE]
+    return {REFERENCE: reference, "a router for each price": Row(curves=curves, native=reference.native)}
+
+
 def compute_for(curve: Curve, loss: float) -> float:
     """Least compute at which a curve reaches a loss, linear between settings; NaN where it never does."""
     points = frontier(curve)
@@ -194,7 +204,7 @@ def _cell(values: Sequence[float | None], digits: int = 4) -> str:
 def table(config: RecipesConfig, rows: dict[str, Row]) -> tuple[Table, dict[str, Any]]:
     """What each recipe reaches, and the compute at which it has the loss of the reference at .6 and .5."""
     compared = [compute for compute in (0.6, 0.5) if config.group == "backbone"]
-    shown = Table("recipe", "native", *(f"loss at {compute:g}" for compute in config.computes), "99 % at")
+    shown = Table("recipe", "native", *(f"loss at {compute:g}" for compute in config.computes), "99 % at", "AIQ")
     for compute in compared:
         shown.add_column(f"same loss as at {compute:g}")
     content: dict[str, Any] = {}
@@ -203,13 +213,13 @@ def table(config: RecipesConfig, rows: dict[str, Row]) -> tuple[Table, dict[str,
         found: dict[str, list[float | None]] = {"native": [curve[0].held_out.loss for curve in row.native]}
         found |= {f"loss at {c:g}": [loss_at(curve, c) for curve in row.curves] for c in config.computes}
         found["99 % at"] = [compute_at_accuracy(curve) for curve in row.curves]
+        found["AIQ"] = [average_quality(curve, 1.0) for curve in row.curves]
         for compute in compared:
             goals = [loss_at(curve, compute) for curve in reference.curves]
             goal = float(np.mean([value if value is not None else np.nan for value in goals]))
             found[f"same loss as at {compute:g}"] = [compute_for(curve, goal) for curve in row.curves]
-        shown.add_row(
-            name, *(_cell(values, 3 if " at" in key and "loss at" not in key else 4) for key, values in found.items())
-        )
+        digits = {key: 4 if key in ("native", "AIQ") or key.startswith("loss") else 3 for key in found}
+        shown.add_row(name, *(_cell(values, digits[key]) for key, values in found.items()))
         content[name] = found
     return shown, content
 
@@ -223,6 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: dict[str, Row] = {}
     for name in [REFERENCE, *(name for name in wanted if name != REFERENCE)]:
         rows[name] = measure(config, name, corpus)
+    if config.group == "price":
+        rows = one_curve_of_all(rows)
     shown, content = table(config, rows)
     Console(width=200).print(shown)
     path = config.output / f"{config.group}-{config.text}.json"
