@@ -24,6 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from moe_backbone import Backbone, MoETransformer
 from moe_backbone.corpus import Corpus, load_corpus
 from moe_backbone.pretrain import load_weights
+from policies.portable import WEIGHTS
 from run_folder import describe_run, new_run_folder, read_config
 from training_config import PRESETS, TrainConfig
 from training_run import ADAPTED, Run, adapt, load_backbone, load_given, load_parts
@@ -77,6 +78,8 @@ def run(config: TrainConfig) -> Path:
             describe_run(folder, config)
         backbone = parts[1] if parts else load_backbone(config, corpus, device)
         current = Run(config, folder, corpus, backbone)
+        if (folder / WEIGHTS).exists():
+            logger.info("run: trained to its end before, so it is only scored again")
         current.train()
         if config.adapt_backbone:
             current = adapt(config, folder, current)

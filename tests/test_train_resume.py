@@ -154,9 +154,13 @@ def test_interrupt_says_how_to_go_on(
     assert f"python train_rl.py --resume {tmp_path / 'run'}" in caplog.messages[-1]
 
 
-def test_finished_run_resumed_learns_nothing_more(tiny_run: Any, finished: Path, tmp_path: Path) -> None:
-    """It is evaluated again, and its router stays."""
+def test_finished_run_resumed_learns_nothing_more(
+    tiny_run: Any, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is evaluated again, says so, and its router stays."""
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
-    main(["--resume", str(copy)])
+    with caplog.at_level("INFO"):
+        main(["--resume", str(copy)])
+    assert "trained to its end before" in caplog.text
     assert tiny_run.same_weights(copy, finished)
