@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from moe_backbone.corpus import Split
 from moe_backbone.mixture import Mixture
-from moe_backbone.pretrain import RECIPE_VERSION, Pretraining, native_loss
-from moe_backbone.transformer import MoETransformer
+from moe_backbone.pretrain import RECIPE_VERSION, PretrainConfig, Pretraining, native_loss
 from moe_backbone.tuning import TuningConfig, begin_tuning, frozen_sha256, merged, trained_parameters
 
 VALIDATION_TOKENS = 16_384
@@ -35,32 +34,51 @@ class Continual(Pretraining):
         tuning: What learns, and how.
         device: Where to train.
         partial: File to go on from if it exists.
+        max_tokens: Test tokens of each corpus.
+        seq_len: Tokens of a window; None for the backbone's own.
 
     Attributes:
-        frozen: Hash of the weights that do not learn, before the first step.
+        parameters: Numbers of the start.
+        trained_parameters: Numbers that learn.
+        frozen_parameters: Numbers that do not.
+        frozen: Hash of these, before the first step.
+        before: Loss of the start on the test documents of each corpus, nats a token.
         losses: Validation loss of each corpus at the last look, nats a token.
     """
 
     title = "continual training"
 
-    def __init__(self, mixture: Mixture, start: Any, tuning: TuningConfig, device: str, partial: Path) -> None:
-        self.mixture, self.tuning = mixture, tuning
+    def __init__(
+        self,
+        mixture: Mixture,
+        start: Any,
+        tuning: TuningConfig,
+        device: str,
+        partial: Path,
+        *,
+        max_tokens: int = 65_536,
+        seq_len: int | None = None,
+    ) -> None:
+        self.mixture, self.tuning, self.max_tokens = mixture, tuning, max_tokens
+        self.seq_len: int = seq_len or start.config.seq_len
         self.losses: dict[str, float] = {}
         super().__init__(mixture.corpora[0], start.config, self._settings(), device, partial, start)
 
-    def _settings(self) -> Any:
+    def _settings(self) -> PretrainConfig:
         return self.tuning.training
 
     def _begin(self, start: Any) -> Any:
+        self.before, self.parameters = self.test_losses(start), sum(weight.numel() for weight in start.parameters())
+        model = self._adapt(start)
+        self.frozen, self.trained_parameters = frozen_sha256(model), trained_parameters(model)
+        self.frozen_parameters = sum(weight.numel() for weight in model.parameters()) - self.trained_parameters
+        return model
+
+    def _adapt(self, start: Any) -> Any:
+        """What is trained: the start with what the method adds."""
         backbone = super()._begin(start)
         begin_tuning(backbone, self.tuning)
-        self.frozen = frozen_sha256(backbone)
         return backbone
-
-    @property
-    def trained_parameters(self) -> int:
-        """Numbers that learn."""
-        return trained_parameters(self.backbone)
 
     def run(self, report: Callable[[int, float], None] | None = None) -> Any:
         """Train to the end or until the validation loss stops falling.
@@ -88,17 +106,22 @@ class Continual(Pretraining):
 
     def _draw(self, count: int) -> tuple[Tensor, Tensor]:
         progress = self.step / max(1, self.pretrain.steps - 1)
-        return self.mixture.sample(count, self.config.seq_len, progress, self.batches)
+        return self.mixture.sample(count, self.seq_len, progress, self.batches)
 
     def _validation_loss(self) -> float:
         splits = [corpus.validation for corpus in self.mixture.corpora]
-        losses = [self._held_out_loss(split) for split in splits]
+        losses = [self._loss_on(self.backbone, split, VALIDATION_TOKENS) for split in splits]
         self.losses = dict(zip(self.mixture.names, losses, strict=True))
         weights = (self.mixture.shares(0) + self.mixture.shares(1)) / 2
         return float(np.dot(weights, losses))
 
-    def _held_out_loss(self, split: Split) -> float:
-        return native_loss(self.backbone, split, max_tokens=VALIDATION_TOKENS, device=self.device)
+    def _loss_on(self, model: Any, split: Split, max_tokens: int) -> float:
+        return native_loss(model, split, max_tokens=max_tokens, device=self.device)
+
+    def test_losses(self, model: Any) -> dict[str, float]:
+        """Loss of a model on the test documents of each corpus, nats a token."""
+        pairs = zip(self.mixture.names, self.mixture.corpora, strict=True)
+        return {name: self._loss_on(model, corpus.test, self.max_tokens) for name, corpus in pairs}
 
     def _weights(self) -> dict[str, Tensor]:
         named = self.backbone.named_parameters()
@@ -118,9 +141,47 @@ def continual_key(mixture: Mixture, start_sha256: str, tuning: TuningConfig) -> 
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def held_out_losses(backbone: MoETransformer, mixture: Mixture, *, max_tokens: int, device: str) -> dict[str, float]:
-    """Loss on the test documents of each corpus, nats a token."""
-    return {
-        name: native_loss(backbone, corpus.test, max_tokens=max_tokens, device=device)
-        for name, corpus in zip(mixture.names, mixture.corpora, strict=True)
-    }
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a continual training did."""
+
+    before: dict[str, float]
+    """Loss of the start on the test documents of each corpus, nats a token."""
+    after: dict[str, float]
+    """The same of what came out."""
+    steps: int
+    """Steps that were trained."""
+    best_step: int
+    """Step of the weights that were kept."""
+    trained_parameters: int
+    """Numbers that learned."""
+    parameters: int
+    """Numbers of the start."""
+    frozen_parameters: int
+    """Numbers that did not."""
+    frozen_sha256: str
+    """Hash of these, which is the same before and after."""
+
+
+def tune(training: Continual, report: Callable[[int, float], None] | None = None) -> tuple[Any, Outcome]:
+    """Train to the end, and measure what came out.
+
+    Args:
+        training: Fresh, or brought back by its partial file, which is still there afterwards.
+        report: See `Continual.run`.
+
+    Returns:
+        The trained model, and what became of it.
+    """
+    model = training.run(report)
+    outcome = Outcome(
+        before=training.before,
+        after=training.test_losses(model),
+        steps=training.step,
+        best_step=training.best_step,
+        trained_parameters=training.trained_parameters,
+        parameters=training.parameters,
+        frozen_parameters=training.frozen_parameters,
+        frozen_sha256=training.frozen,
+    )
+    return model, outcome

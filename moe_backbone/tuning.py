@@ -8,10 +8,10 @@ the weights themselves here, and `merged` writes them back: the result is a plai
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -88,15 +88,14 @@ class LowRank(nn.Module):
     """Weight plus `LOW_RANK_SCALE` * left @ right; right starts at zero, so the weight starts as it was.
 
     Args:
-        units: Matrices in the weight, each with its own sum.
-        inputs: Rows of each.
-        outputs: Columns of each.
+        shape: Number of matrices in the weight, each with its own sum, their rows and their columns.
         rank: Of each sum.
         heads: For queries, (num_heads, hidden_size, head_size): heads that lie side by side in one matrix; else 0.
     """
 
-    def __init__(self, units: int, inputs: int, outputs: int, rank: int, heads: int = 0) -> None:
+    def __init__(self, shape: Sequence[int], rank: int, heads: int = 0) -> None:
         super().__init__()
+        units, inputs, outputs = shape
         self.heads = heads
         self.left = nn.Parameter(torch.randn(units, inputs, rank) * inputs**-0.5)
         self.right = nn.Parameter(torch.zeros(units, rank, outputs))
@@ -163,23 +162,26 @@ def _changes(backbone: MoETransformer, tuning: TuningConfig) -> Iterator[tuple[n
     """Module, name of its weight, and what becomes of that."""
     low_rank, rank = tuning.method == "lora", tuning.rank
     width, heads = backbone.config.hidden_size, backbone.config.num_heads
+    attention: Any
+    experts: Any
     for attention in backbone.attentions:
         if low_rank:
-            yield attention, "query", LowRank(1, width, width, rank, heads)
-            yield attention, "key_value", LowRank(1, width, 2 * width, rank)
-            yield attention, "output", LowRank(1, width, width, rank)
+            yield attention, "query", LowRank((1, width, width), rank, heads)
+            yield attention, "key_value", LowRank((1, width, 2 * width), rank)
+            yield attention, "output", LowRank((1, width, width), rank)
         else:
             yield attention, "key_value", Scaled(2 * width)
     for experts in backbone.expert_layers:
-        units, inner, _ = experts.down.shape
         if low_rank:
-            yield experts, "gate_up", LowRank(units, width, 2 * inner, rank)
-        yield experts, "down", LowRank(units, inner, width, rank) if low_rank else Scaled(units, inner, 1)
-        if experts.shared is not None:
-            first, last = experts.shared
+            yield experts, "gate_up", LowRank(experts.gate_up.shape, rank)
+            yield experts, "down", LowRank(experts.down.shape, rank)
+        else:
+            yield experts, "down", Scaled(*experts.down.shape[:2], 1)
+        for place, layer in enumerate(experts.shared or ()):
             if low_rank:
-                yield first, "weight", LowRank(1, *first.weight.shape, rank)
-            yield last, "weight", LowRank(1, *last.weight.shape, rank) if low_rank else Scaled(last.weight.shape[1])
+                yield layer, "weight", LowRank((1, *layer.weight.shape), rank)
+            elif place:
+                yield layer, "weight", Scaled(layer.weight.shape[1])
 
 
 def merged(backbone: MoETransformer) -> MoETransformer:
