@@ -22,7 +22,7 @@ EXTRA = "pip install -c constraints.txt -e '.[finetune]'"
 RATE = 0.1
 """Factor of the learning rates of a backbone of our own: a checkpoint is larger and has seen more text."""
 GATES = ("gate", "router")
-"""Last names of linear layers that choose experts; LoRA leaves them alone."""
+"""Ends of names of linear layers that choose experts; LoRA leaves them alone."""
 KEYS_VALUES = ("k_proj", "v_proj", "kv_b_proj")
 INNER = ("down_proj",)
 
@@ -71,7 +71,7 @@ def _low_rank(model: Any, rank: int) -> Any:
     """Every linear layer but gates and the output head, and experts that are stacked in one parameter."""
     from peft import LoraConfig
 
-    linear = [name for name in _linear(model) if name.rpartition(".")[2] not in GATES]
+    linear = [name for name in _linear(model) if not name.endswith(GATES)]
     stacked = [name for name, weight in model.named_parameters() if weight.dim() == 3 and "experts" in name]
     scale = round(LOW_RANK_SCALE * rank)
     return LoraConfig(r=rank, lora_alpha=scale, target_modules=linear, target_parameters=stacked or None)
