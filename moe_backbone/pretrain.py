@@ -170,6 +170,9 @@ def load_weights(backbone: MoETransformer, path: Path) -> None:
 class Pretraining:
     """One training run of a backbone."""
 
+    title = "pretraining"
+    """What its progress bar is called."""
+
     def __init__(
         self,
         corpus: Corpus,
@@ -182,12 +185,12 @@ class Pretraining:
         """Seeded weights, or those of `start`, or those of an interrupted run if `partial` exists."""
         torch.manual_seed(pretrain.seed)
         self.corpus, self.config, self.pretrain, self.device, self.partial = corpus, config, pretrain, device, partial
-        self.backbone = MoETransformer(config).to(device)
-        if start is not None:
-            self.backbone.load_state_dict(start.state_dict())
-            self.backbone.head_meaning = start.head_meaning
+        self.backbone = self._begin(start).to(device)
         self.optimizer = torch.optim.AdamW(
-            self.backbone.parameters(), lr=pretrain.learning_rate, betas=(0.9, 0.95), weight_decay=pretrain.weight_decay
+            [weight for weight in self.backbone.parameters() if weight.requires_grad],
+            lr=pretrain.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=pretrain.weight_decay,
         )
         self.batches = np.random.default_rng(pretrain.seed)
         self.noise = torch.Generator().manual_seed(pretrain.seed)
@@ -196,6 +199,14 @@ class Pretraining:
         if partial.exists():
             read_whole(partial, "interrupted training", self._restore)
 
+    def _begin(self, start: MoETransformer | None) -> Any:
+        """What is trained, before its first step."""
+        backbone = MoETransformer(self.config)
+        if start is not None:
+            backbone.load_state_dict(start.state_dict())
+            backbone.head_meaning = start.head_meaning
+        return backbone
+
     def run(self, report: Callable[[int, float], None] | None = None) -> MoETransformer:
         """Train to the end or until the validation loss stops falling; keep the best weights seen.
 
@@ -203,7 +214,7 @@ class Pretraining:
             report: Called with the step and the validation loss in nats a token at every look.
         """
         total = self.pretrain.steps
-        with tqdm(total=total, initial=self.step, desc="pretraining", unit="step", dynamic_ncols=True) as bar:
+        with tqdm(total=total, initial=self.step, desc=self.title, unit="step", dynamic_ncols=True) as bar:
             while self.step < total and self._looks_without_gain() < self.pretrain.patience:
                 self._train_step()
                 bar.update()
@@ -212,23 +223,15 @@ class Pretraining:
                     bar.set_postfix(validation_loss=f"{loss:.4f}")
                     if report is not None:
                         report(self.step, loss)
-        self.backbone.load_state_dict(self.best_weights)
+        self._load(self.best_weights)
         return self.backbone
 
     def _train_step(self) -> None:
         settings = self.pretrain
-        twice = settings.consistency > 0 and self._random_share() > 0
-        count = math.ceil(settings.sequences / 2) if twice else settings.sequences
-        tokens, targets = self.corpus.train.sample(count, self.config.seq_len, self.batches)
-        if twice:
+        tokens, targets = self._draw(math.ceil(settings.sequences / 2) if self._twice else settings.sequences)
+        if self._twice:
             tokens, targets = tokens.repeat(2, 1), targets.repeat(2, 1)
-        tokens, targets = tokens.to(self.device), targets.to(self.device)
-        router = _Recorder(self._router())
-        logits, _ = self.backbone.run(tokens, router)
-        loss = -token_log_likelihood(logits, targets).mean()
-        if twice:
-            loss = loss + settings.consistency * disagreement(logits)
-        loss = loss + settings.balance_weight * balance_loss(router.scores, router.subsets)
+        loss = self._loss(tokens.to(self.device), targets.to(self.device))
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * learning_rate_factor(self.step, settings.steps)
         self.optimizer.zero_grad(set_to_none=True)
@@ -236,6 +239,24 @@ class Pretraining:
         torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
+
+    def _draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """Tokens and next tokens of the step, each (count, seq_len)."""
+        return self.corpus.train.sample(count, self.config.seq_len, self.batches)
+
+    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """What the step lowers, nats a token."""
+        router = _Recorder(self._router())
+        logits, _ = self.backbone.run(tokens, router)
+        loss = -token_log_likelihood(logits, targets).mean()
+        if self._twice:
+            loss = loss + self.pretrain.consistency * disagreement(logits)
+        return loss + self.pretrain.balance_weight * balance_loss(router.scores, router.subsets)
+
+    @property
+    def _twice(self) -> bool:
+        """Whether the step runs half as many different sequences on two routes each."""
+        return self.pretrain.consistency > 0 and self._random_share() > 0
 
     def _router(self) -> Router:
         """What routes the step."""
@@ -268,7 +289,12 @@ class Pretraining:
         return (self.step - self.best_step) // self.pretrain.eval_every
 
     def _weights(self) -> dict[str, Tensor]:
+        """A copy of all that training may change."""
         return {name: weight.detach().clone() for name, weight in self.backbone.state_dict().items()}
+
+    def _load(self, weights: dict[str, Tensor]) -> None:
+        """The reverse."""
+        self.backbone.load_state_dict(weights)
 
     def _save(self, path: Path) -> None:
         state = {name: getattr(self, name) for name in ("step", "best_loss", "best_step", "best_weights")}
@@ -279,7 +305,7 @@ class Pretraining:
         state = torch.load(partial, map_location=self.device, weights_only=True)
         for name in ("step", "best_loss", "best_step", "best_weights"):
             setattr(self, name, state[name])
-        self.backbone.load_state_dict(state["weights"])
+        self._load(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.batches.bit_generator.state = json.loads(state["batches"])
         self.noise.set_state(state["noise"].cpu())

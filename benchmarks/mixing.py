@@ -1,0 +1,161 @@
+"""Continual training on a domain, with and without replay of what the backbone knows, by every method; one table.
+
+python -m benchmarks.mixing --domains books=PATH peps=PATH      # an hour and a half on half a core
+
+The general text is what the default backbone was trained on, the source of the Python standard library. Losses are of
+test documents; early stopping and the weights that are kept go by validation documents. Finished rows are kept in the
+output folder, and the same command goes on after them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import tyro
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from moe_backbone import BackboneConfig, MoETransformer
+from moe_backbone.checks import require
+from moe_backbone.continual import Continual, Outcome, continual_key, tune
+from moe_backbone.files import write_text_atomic
+from moe_backbone.mixture import Mixture, load_mixture
+from moe_backbone.pretrain import PretrainConfig, load_or_train
+from moe_backbone.tuning import Method, TuningConfig
+
+logger = logging.getLogger(__name__)
+
+GENERAL = "general"
+LARGEST_RISE, LEAST_FALL = 0.02, 0.9
+"""What replay must hold: the general loss at most 2 % higher, and 90 % of the fall of the domain loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixingConfig:
+    """What is trained, and on what it is scored."""
+
+    domains: tuple[str, ...]
+    """NAME=PATH of each domain."""
+    output: Path = Path("runs/mixing")
+    """Folder of finished rows and of the table, `mixing.md`."""
+    general: str = ""
+    """Path of what the backbone was trained on; nothing for the source of the Python standard library."""
+    replays: tuple[float, ...] = (0.5, 0.25)
+    """Shares of general text when all weights learn; the first with every seed, and for the methods."""
+    methods: tuple[Method, ...] = ("lora", "top_layers", "ia3", "norms")
+    """Beside all weights."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Of the text drawn; the first alone for all but the domain alone and the first replay."""
+    max_tokens: int = 32_768
+    """Test tokens of each text."""
+    tuning: TuningConfig = TuningConfig(steps=150)
+    backbone: BackboneConfig = BackboneConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One row for each domain."""
+
+    method: Method = "full"
+    replay: float = 0.0
+    """Share of the samples that are general text."""
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.method}-replay{self.replay:g}-seed{self.seed}"
+
+
+def variants(config: MixingConfig) -> Iterator[Variant]:
+    """All rows, what the claim hangs on first, and its other seeds last."""
+    first, share = config.seeds[0], config.replays[0]
+    yield from (Variant(seed=first), Variant(replay=share, seed=first))
+    yield from (Variant(method=method, replay=share, seed=first) for method in config.methods)
+    yield from (Variant(replay=other, seed=first) for other in config.replays[1:])
+    for seed in config.seeds[1:]:
+        yield from (Variant(seed=seed), Variant(replay=share, seed=seed))
+
+
+def train_row(config: MixingConfig, start: MoETransformer, mixture: Mixture, folder: Path, variant: Variant) -> Outcome:
+    """The outcome of one variant on one domain: from its file, or trained, and kept there."""
+    shares = (variant.replay, 1 - variant.replay)
+    mixture = replace(mixture, first=shares, last=shares)
+    tuning = replace(config.tuning, method=variant.method, seed=variant.seed)
+    key, path = continual_key(mixture, start.sha256(), tuning), folder / f"{variant.name}.json"
+    if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["key"] == [key, config.max_tokens]:
+        return Outcome(**kept["outcome"])
+    logger.info("%s: %s", mixture.describe(), variant.name)
+    partial = folder / f"{key}.partial"
+    training = Continual(mixture, start, tuning, "cpu", partial, max_tokens=config.max_tokens)
+    _, outcome = tune(training)
+    write_text_atomic(path, json.dumps({"key": [key, config.max_tokens], "outcome": asdict(outcome)}, indent=1) + "\n")
+    partial.unlink(missing_ok=True)
+    return outcome
+
+
+def table(domain: str, rows: dict[Variant, Outcome]) -> str:
+    """Rows of one domain as Markdown, as far as they are there."""
+    first = next(iter(rows.values()))
+    lines = [
+        f"| {domain} | replay | seed | trained | general loss | change | {domain} loss | fall / domain only | holds |",
+        "|---|---|---|---|---|---|---|---|---|",
+        f"| before | | | | {first.before[GENERAL]:.4f} | | {first.before[domain]:.4f} | | |",
+    ]
+    alone = {variant.seed: outcome for variant, outcome in rows.items() if variant == Variant(seed=variant.seed)}
+    order = ("full", "lora", "top_layers", "ia3", "norms", "bitfit")
+    for variant in sorted(rows, key=lambda row: (order.index(row.method), row.replay, row.seed)):
+        outcome = rows[variant]
+        change = outcome.after[GENERAL] / outcome.before[GENERAL] - 1
+        falls = [(one.before[domain] - one.after[domain]) for one in (outcome, alone[variant.seed])]
+        share = falls[0] / falls[1]
+        holds = "yes" if change <= LARGEST_RISE and share >= LEAST_FALL else "no"
+        trained = f"{outcome.trained_parameters:,} ({outcome.trained_parameters / outcome.parameters:.2%})"
+        lines.append(
+            f"| {variant.method} | {variant.replay:.0%} | {variant.seed} | {trained} | {outcome.after[GENERAL]:.4f} | "
+            f"{change:+.1%} | {outcome.after[domain]:.4f} | {share:.1%} | {holds if variant.replay else ''} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def measure(config: MixingConfig) -> str:
+    """Train every row, write the table after each, and return it."""
+    mixtures: dict[str, Mixture] = {}
+    for word in config.domains:
+        mixture = load_mixture([f"{GENERAL}={config.general}:1", f"{word}:1"], seq_len=config.backbone.seq_len)
+        mixtures[mixture.names[1]] = mixture
+    require(len(mixtures) == len(config.domains) > 0, f"domains must have different names, got {config.domains}")
+    known = next(iter(mixtures.values())).corpora[0]
+    start = load_or_train(known, config.backbone, config.pretrain)
+    rows: dict[str, dict[Variant, Outcome]] = {domain: {} for domain in mixtures}
+    text = ""
+    for variant in variants(config):
+        for domain, mixture in mixtures.items():
+            rows[domain][variant] = train_row(config, start, mixture, config.output / domain, variant)
+            text = "\n".join(table(name, found) for name, found in rows.items() if found)
+            write_text_atomic(config.output / "mixing.md", text)
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = tyro.cli(MixingConfig, description=__doc__, args=arguments)
+    try:
+        with logging_redirect_tqdm():
+            text = measure(config)
+    except KeyboardInterrupt:
+        logger.info("\nstopped; the same command goes on")
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()
