@@ -32,10 +32,8 @@ logger = logging.getLogger(__name__)
 RouterMaker = Callable[[torch.Generator], Router]
 RECIPE_VERSION = 2
 """Raised when this file trains other weights from the same settings."""
-FIRST_SETTINGS = frozenset(
-    "steps sequences learning_rate weight_decay balance_weight random_routing random_from eval_every patience seed".split()
-)
-"""Settings that every key of the cache has counted, see `shaping`."""
+LATER_SETTINGS = ("precision",)
+"""Settings that came after the first backbones were kept; see `shaping`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +65,8 @@ class PretrainConfig:
     seed: int = 0
     """Seed of weights, batches and random routing."""
     precision: Precision = "fp32"
-    """Of the forward pass and its gradients; weights and optimiser are float32 under each, and so is validation. 16 bits
-    pay where the machine multiplies in them: GPUs, and CPUs with AMX or AVX512-BF16."""
+    """Of the forward pass and its gradients; weights and optimiser are float32 under each, and so is validation. It
+    pays where the machine multiplies in 16 bits: GPUs, and CPUs with AMX or AVX512-BF16."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "steps", "sequences", "eval_every", "patience")
@@ -143,14 +141,10 @@ def backbone_key(corpus: Corpus, config: BackboneConfig, pretrain: PretrainConfi
 
 
 def shaping(pretrain: PretrainConfig) -> dict[str, Any]:
-    """Settings that shape the weights.
-
-    One that came later than the first backbones were kept, so is not in `FIRST_SETTINGS`, counts only where it is not
-    at its default: backbones that were kept before are then still found.
-    """
+    """Settings that shape the weights; a later one only where it is not at its default, so that kept ones are found."""
     defaults = {field.name: field.default for field in fields(pretrain)}
     values = asdict(pretrain)
-    return {name: value for name, value in values.items() if name in FIRST_SETTINGS or value != defaults[name]}
+    return {name: value for name, value in values.items() if name not in LATER_SETTINGS or value != defaults[name]}
 
 
 def load_or_train(
