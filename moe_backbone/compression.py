@@ -173,7 +173,8 @@ def bit_operations(
 
     A multiply-add of numbers of `a` and `b` bits counts `a * b`, so one of two float32 numbers counts 1024 (BOPs as in
     arXiv:2005.07093; arXiv:1804.10969 also adds the accumulator's bits). Products with weights have operands of
-    `weight_bits` and 32 bits, those of two activations (scores and mixing in attention) of 32 and 32, and so the router.
+    `weight_bits` and 32 bits; those of two activations, the scores and the mixing of attention, of 32 and 32, and so
+    have the router's.
 
     Args:
         sites: Of the backbone.
