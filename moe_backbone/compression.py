@@ -7,7 +7,7 @@ and bit-operations as a machine with such products would count them; it saves no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -162,8 +162,8 @@ def _norms(*weights: Tensor) -> Tensor:
 
 
 def bit_operations(
-    sites: tuple[RoutingSite, ...],
-    units_per_token: tuple[float, ...],
+    sites: Sequence[RoutingSite],
+    units_per_token: Sequence[float],
     routed_flops: float,
     fixed_flops: float,
     router_flops: float = 0.0,
