@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.compression_rows import Row, RowFile, Scorer
+from benchmarks.compression_rows import Row, RowFile, Scorer, rise
 from evaluate_rl import greedy_points
 from evaluation import (
     at_compute,
@@ -261,13 +261,9 @@ def rows_table(lines: Mapping[str, Sequence[Sequence[Row]]]) -> Table:
             assert isinstance(row, Row)
             point = row.held_out
             shown = " ".join(f"{key} {value}" for key, value in point.setting.items() if key not in ("bits", "sha256"))
-            rise = point.delta_log_likelihood
             cells = [f"{point.compute:.3f}", f"{row.flops:.3f}", f"{row.megabytes:.2f}"]
-            cells += [f"{point.accuracy:.4f}", f"{point.loss:.4f}"]
-            table.add_row(
-                name, f"{shown} {point.setting['bits']} bits", *cells,
-                f"{-rise.mean:+.4f} [{-rise.high:+.4f}, {-rise.low:+.4f}]",
-            )  # fmt: skip
+            cells += [f"{point.accuracy:.4f}", f"{point.loss:.4f}", rise(point)]
+            table.add_row(name, f"{shown} {point.setting['bits']} bits", *cells)
         table.add_section()
     return table
 

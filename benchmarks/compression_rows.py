@@ -110,6 +110,12 @@ def token_bit_operations(point: Point, model: MoETransformer, bits: int) -> floa
     )
 
 
+def rise(point: Point) -> str:
+    """Rise of the loss over the full native model, nats a token, with its interval."""
+    gain = point.delta_log_likelihood
+    return f"{0 - gain.mean:+.4f} [{0 - gain.high:+.4f}, {0 - gain.low:+.4f}]"
+
+
 def unused_units(point: Point) -> list[int]:
     """Units of each site that no token used."""
     return [int((usage == 0).sum()) for usage in point.usage]

@@ -54,7 +54,9 @@ def test_a_head_that_nobody_uses_costs_no_keys_and_no_storage(scorer: Scorer, ti
     assert row.held_out.compute == pytest.approx(1 - saved / total)
     unused = tiny_backbone.num_parameters - stored_weights(row.held_out, tiny_backbone)
     assert unused >= 4 * config.hidden_size * config.head_size
-    assert (unused - 4 * config.hidden_size * config.head_size) % (3 * config.hidden_size * config.intermediate_size) == 0
+    assert (unused - 4 * config.hidden_size * config.head_size) % (
+        3 * config.hidden_size * config.intermediate_size
+    ) == 0
 
 
 def test_student_is_compared_with_its_teacher(scorer: Scorer, tiny_backbone: MoETransformer) -> None:
@@ -110,7 +112,15 @@ def test_command_writes_tables_figure_and_json_and_goes_on(
     out = tmp_path / "out"
     text = (out / "tables.txt").read_text(encoding="utf-8")
     lines = {point["router"] for point in json.loads((out / "compression.json").read_text())["points"]}
-    assert lines >= {"quantised", "pruned", "pruned, int8", "learned", "learned, int8", "learned, int4", "student, int8"}
+    assert lines >= {
+        "quantised",
+        "pruned",
+        "pruned, int8",
+        "learned",
+        "learned, int8",
+        "learned, int4",
+        "student, int8",
+    }
     assert lines >= {"learned, pruned", "learned, pruned, int8", "threshold table", "greedy, int8", "top-k"}
     assert all(line in text for line in lines)
     assert (out / "compression.png").stat().st_size > 10_000
