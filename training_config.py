@@ -10,6 +10,7 @@ from envs import EnvConfig
 from evaluate_rl import EvaluationConfig
 from moe_backbone import BackboneConfig
 from moe_backbone.checks import require, require_at_least
+from moe_backbone.precision import Precision, require_precision
 from moe_backbone.pretrain import PretrainConfig
 from moe_backbone.sites import HeadMeaning
 from policies.gating import GatingConfig
@@ -41,6 +42,9 @@ class PPOConfig:
     """Clip of the gradient's norm."""
     target_kl: float | None = None
     """Stop an update when the KL estimate passes 1.5 times this; None for never."""
+    precision: Precision = "fp32"
+    """Of the forward passes of rollouts and of the policy in the update; weights, probabilities, rewards and optimiser
+    are float32 under each, and so are warm start and evaluation. `fp16` is for `leave_one_out`."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "num_sequences", "n_epochs", "batch_size")
@@ -48,6 +52,9 @@ class PPOConfig:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.advantage not in ("leave_one_out", "gae"):
             raise ValueError(f"advantage must be leave_one_out or gae, got {self.advantage!r}")
+        require_precision(self.precision)
+        unscaled = self.precision == "fp16" and self.advantage == "gae"
+        require(not unscaled, f"precision must be fp32 or bf16 for advantage gae, got {self.precision}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,6 +110,7 @@ def build_model(config: TrainConfig, backbone: Backbone, corpus: Corpus) -> Rout
         ent_coef=ppo.ent_coef,
         max_grad_norm=ppo.max_grad_norm,
         target_kl=ppo.target_kl,
+        precision=ppo.precision,
         policy_kwargs={"router_spec": router_spec(config, backbone).to_json(), "critic": ppo.advantage == "gae"},
         seed=config.seed,
         device=next(backbone.parameters()).device,

@@ -25,6 +25,7 @@ from moe_backbone import Backbone, ComputeMeter, best_units
 from moe_backbone.checks import require, require_price
 from moe_backbone.compensation import Compensation
 from moe_backbone.compute import earlier_keys, load_excess
+from moe_backbone.precision import full_precision
 from moe_backbone.transformer import RoutingState
 
 
@@ -272,7 +273,8 @@ class RoutingMDP:
         Example: of four lanes three use expert 0 and one expert 1, natively one of two: at a `balance_price` of .1 the
         three pay .05 and the one gets .05; see `load_excess`.
         """
-        return subset.float() @ self._unit_balance(index, subset)
+        with full_precision(subset.device):
+            return subset.float() @ self._unit_balance(index, subset)
 
     def _unit_balance(self, index: int, subset: Tensor) -> Tensor:
         """What the load of each unit costs a lane that uses it, nats (num_units,)."""

@@ -11,6 +11,7 @@ from moe_backbone.checks import require
 from moe_backbone.compensation import HeadCompensation
 from moe_backbone.config import BackboneConfig
 from moe_backbone.kernels import Backend, Derived, head_attention, kept_head_attention, linear, rotate
+from moe_backbone.precision import full_precision
 from moe_backbone.sites import HeadMeaning
 from moe_backbone.switched_heads import switch_kept_heads
 
@@ -136,7 +137,10 @@ class Attention(nn.Module):
 
     def scores(self, features: Tensor) -> Tensor | None:
         """Log-softmax of the head gate (num_tokens, num_heads), or None without one."""
-        return None if self.gate is None else linear(features, self.gate.weight).log_softmax(1)
+        if self.gate is None:
+            return None
+        with full_precision(features.device):
+            return linear(features, self.gate.weight).log_softmax(1)
 
     def forward(
         self,

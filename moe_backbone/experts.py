@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moe_backbone.compensation import ExpertCompensation
 from moe_backbone.config import BackboneConfig
 from moe_backbone.kernels import Backend, Derived, expert_mlp, linear
+from moe_backbone.precision import full_precision
 from moe_backbone.relaxed import mix_partly, switch_experts
 
 
@@ -42,7 +43,8 @@ class ExpertLayer(nn.Module):
 
     def scores(self, features: Tensor) -> Tensor:
         """Log-softmax of the native gate (num_tokens, num_experts)."""
-        return linear(features, self.gate.weight).log_softmax(1)
+        with full_precision(features.device):
+            return linear(features, self.gate.weight).log_softmax(1)
 
     def forward(
         self,

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,6 +22,7 @@ from moe_backbone.checks import require, require_at_least
 from moe_backbone.config import BackboneConfig
 from moe_backbone.corpus import Corpus, Split
 from moe_backbone.files import read_whole, write_atomic
+from moe_backbone.precision import Precision, autocast, loss_scaler, require_precision
 from moe_backbone.quality import token_log_likelihood
 from moe_backbone.random_routing import RandomRouting, RandomUnits, disagreement
 from moe_backbone.sites import NativeRouter, Router, SiteView
@@ -32,8 +33,8 @@ logger = logging.getLogger(__name__)
 RouterMaker = Callable[[torch.Generator], Router]
 RECIPE_VERSION = 2
 """Raised when this file trains other weights from the same settings."""
-LATER_SETTINGS = frozenset({"random_schedule", "random_units", "consistency"})
-"""Settings younger than the recipe."""
+LATER_SETTINGS = ("random_schedule", "random_units", "consistency", "precision")
+"""Settings that came after the first backbones were kept; see `shaping`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,9 @@ class PretrainConfig:
     """Looks without improvement before training stops early."""
     seed: int = 0
     """Seed of weights, batches and random routing."""
+    precision: Precision = "fp32"
+    """Of the forward pass and its gradients; weights and optimiser are float32 under each, and so is validation. It
+    pays where the machine multiplies in 16 bits: GPUs, and CPUs with AMX or AVX512-BF16."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "steps", "sequences", "eval_every", "patience")
@@ -90,6 +94,7 @@ class PretrainConfig:
         require(self.random_schedule in schedules, f"{rule}, got {self.random_schedule!r}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        require_precision(self.precision)
 
 
 class _Recorder:
@@ -118,14 +123,15 @@ def cache_folder() -> Path:
 
 def backbone_key(corpus: Corpus, config: BackboneConfig, pretrain: PretrainConfig) -> str:
     """Hash of everything that shapes the weights."""
-    content = [RECIPE_VERSION, corpus.sha256, asdict(config), _settings(pretrain)]
+    content = [RECIPE_VERSION, corpus.sha256, asdict(config), shaping(pretrain)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _settings(pretrain: PretrainConfig) -> dict[str, Any]:
-    """Those that came later are left out at their defaults: they change nothing there, and old backbones stay found."""
-    values, plain = asdict(pretrain), asdict(PretrainConfig())
-    return {name: value for name, value in values.items() if name not in LATER_SETTINGS or value != plain[name]}
+def shaping(pretrain: PretrainConfig) -> dict[str, Any]:
+    """Settings that shape the weights; a later one only where it is not at its default, so that kept ones are found."""
+    defaults = {field.name: field.default for field in fields(pretrain)}
+    values = asdict(pretrain)
+    return {name: value for name, value in values.items() if name not in LATER_SETTINGS or value != defaults[name]}
 
 
 def load_or_train(
@@ -194,6 +200,7 @@ class Pretraining:
         )
         self.batches = np.random.default_rng(pretrain.seed)
         self.noise = torch.Generator().manual_seed(pretrain.seed)
+        self.scaler = loss_scaler(pretrain.precision, device)
         self.step, self.best_loss, self.best_step = 0, math.inf, 0
         self.best_weights = self._weights()
         if partial.exists():
@@ -235,9 +242,11 @@ class Pretraining:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * learning_rate_factor(self.step, settings.steps)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), 1.0)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.step += 1
 
     def _draw(self, count: int) -> tuple[Tensor, Tensor]:
@@ -247,11 +256,15 @@ class Pretraining:
     def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """What the step lowers, nats a token."""
         router = _Recorder(self._router())
-        logits, _ = self.backbone.run(tokens, router)
-        loss = -token_log_likelihood(logits, targets).mean()
-        if self._twice:
-            loss = loss + self.pretrain.consistency * disagreement(logits)
+        with autocast(self.pretrain.precision, self.device):
+            logits, _ = self.backbone.run(tokens, router)
+        loss = self._text_loss(logits, tokens, targets)
         return loss + self.pretrain.balance_weight * balance_loss(router.scores, router.subsets)
+
+    def _text_loss(self, logits: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
+        """What predictions (num_sequences, seq_len, vocab_size), float32, are held against: the text."""
+        loss = -token_log_likelihood(logits, targets).mean()
+        return loss + self.pretrain.consistency * disagreement(logits) if self._twice else loss
 
     @property
     def _twice(self) -> bool:
@@ -299,7 +312,8 @@ class Pretraining:
     def _save(self, path: Path) -> None:
         state = {name: getattr(self, name) for name in ("step", "best_loss", "best_step", "best_weights")}
         generators = {"batches": json.dumps(self.batches.bit_generator.state), "noise": self.noise.get_state()}
-        torch.save(state | generators | {"weights": self._weights(), "optimizer": self.optimizer.state_dict()}, path)
+        learners = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        torch.save(state | generators | learners | {"weights": self._weights()}, path)
 
     def _restore(self, partial: Path) -> None:
         state = torch.load(partial, map_location=self.device, weights_only=True)
@@ -307,6 +321,7 @@ class Pretraining:
             setattr(self, name, state[name])
         self._load(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state.get("scaler", {}))
         self.batches.bit_generator.state = json.loads(state["batches"])
         self.noise.set_state(state["noise"].cpu())
         logger.info("backbone: going on at step %d of an interrupted training", self.step)

@@ -1,4 +1,7 @@
-"""A trained backbone as two files that load no code: `backbone.safetensors` and `backbone.json`."""
+"""A trained backbone as two files that load no code: `backbone.safetensors` and `backbone.json`.
+
+Weights may lie there as integers and scales, see `moe_backbone.compression`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moe_backbone.checks import require
+from moe_backbone.compression import QuantizedWeights, plain_weights
 from moe_backbone.config import BackboneConfig
 from moe_backbone.files import write_atomic, write_text_atomic
 from moe_backbone.transformer import MoETransformer
@@ -20,7 +24,9 @@ WEIGHTS, DESCRIPTION = "backbone.safetensors", "backbone.json"
 FORMAT = 1
 
 
-def save_backbone(backbone: MoETransformer, folder: Path, about: Mapping[str, Any] | None = None) -> None:
+def save_backbone(
+    backbone: MoETransformer | QuantizedWeights, folder: Path, about: Mapping[str, Any] | None = None
+) -> None:
     """Write both files, each whole or not at all; makes the folder if it is not there.
 
     Args:
@@ -28,7 +34,8 @@ def save_backbone(backbone: MoETransformer, folder: Path, about: Mapping[str, An
         folder: Where the files go.
         about: How it was made, JSON values, for readers.
     """
-    weights = {name: weight.detach().cpu().contiguous() for name, weight in backbone.state_dict().items()}
+    held = backbone.tensors() if isinstance(backbone, QuantizedWeights) else backbone.state_dict()
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in held.items()}
     description = {"format": FORMAT, "config": asdict(backbone.config), "about": dict(about or {})}
     write_atomic(folder / WEIGHTS, lambda path: save_file(weights, path))
     write_text_atomic(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
@@ -43,7 +50,7 @@ def load_saved(folder: Path, device: str = "cpu") -> MoETransformer:
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         made, config = description["format"], BackboneConfig(**description["config"])
-        weights = load_file(folder / WEIGHTS)
+        weights = plain_weights(load_file(folder / WEIGHTS))
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"backbone folder must hold readable {WEIGHTS} and {DESCRIPTION}, got {folder}: {error}"

@@ -186,10 +186,10 @@ class MoETransformer(nn.Module):
         return self._stand_before(state, state.hidden + update, state.site_index + 1)
 
     def finish(self, state: RoutingState) -> Tensor:
-        """Logits (num_sequences, seq_len, vocab_size) after the last site."""
+        """Logits (num_sequences, seq_len, vocab_size), float32, after the last site."""
         if state.cache is not None:
             state.cache.length += state.tokens.shape[1]
-        return linear(state.features, self.output_head.weight)
+        return linear(state.features, self.output_head.weight).float()
 
     def run(
         self,

@@ -185,7 +185,7 @@ class LinearRouter(nn.Module):
             (num_sites, num_lanes, max_units); `IGNORED_LOGIT` where the site has no such unit.
         """
         weights = torch.cat((self.weight, self.price_weight), dim=2) * self.has_unit.repeat(1, 1, 2)
-        plain, priced = torch.bmm(inputs, weights).chunk(2, dim=2)
+        plain, priced = torch.bmm(inputs, weights).float().chunk(2, dim=2)
         return self.sharpness * torch.addcmul(plain + priors, self.centred_log_price(log_price), priced)
 
     def one_site_logits(self, index: int, inputs: Tensor, prior: Tensor, log_price: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ class LinearRouter(nn.Module):
             (num_tokens, max_units); `IGNORED_LOGIT` where the site has no such unit.
         """
         weights = torch.cat((self.weight[index], self.price_weight[index]), dim=1) * self.has_unit[index].repeat(1, 2)
-        plain, priced = (inputs @ weights).chunk(2, dim=1)
+        plain, priced = (inputs @ weights).float().chunk(2, dim=1)
         return self.sharpness * torch.addcmul(plain + prior, self.centred_log_price(log_price), priced)
 
     def view_logits(self, view: SiteView) -> Tensor:

@@ -11,6 +11,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
+from moe_backbone.precision import full_precision
 from policies.linear_router import LinearRouter, RouterSpec
 
 
@@ -86,7 +87,8 @@ class RouterPolicy(ActorCriticPolicy):
         """
         site = self.split(observation)[2]
         logits = self.router.site_logits(*self.episode_inputs(observation.expand(site.shape[1], *observation.shape)))
-        return torch.einsum("snu,ns->nu", logits, site)
+        with full_precision(site.device):
+            return torch.einsum("snu,ns->nu", logits, site)
 
     def episode_inputs(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Arguments of `LinearRouter.site_logits` for observations (num_sites, num_lanes, size) of whole episodes."""

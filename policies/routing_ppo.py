@@ -14,6 +14,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from moe_backbone.precision import Precision, loss_scaler, require_precision
 from policies.bits import bits_log_prob, bits_terms
 from policies.episode_graph import EpisodeGraph
 from policies.router_policy import RouterPolicy
@@ -60,6 +61,8 @@ class RoutingPPO(TensorPPO):
             vary most, would drown the low ones.
         cuda_graph: Whether a GPU runs an episode of `leave_one_out` as one CUDA graph; an environment that cannot be
             captured raises.
+        precision: Of the forward passes of rollouts, native ones among them, and of the policy in the update; weights,
+            probabilities, rewards and optimiser stay float32. `fp16` is for `leave_one_out`.
         **kwargs: SB3's arguments of PPO. Defaults that differ: n_steps = sites of the environment, n_epochs 3,
             gamma 1, gae_lambda 1 and vf_coef 0 for `leave_one_out`.
 
@@ -79,12 +82,16 @@ class RoutingPPO(TensorPPO):
         batch_size: int = 4096,
         price_balance: float = 0.5,
         cuda_graph: bool = True,
+        precision: Precision = "fp32",
         _init_setup_model: bool = True,
         **kwargs: Any,
     ) -> None:
         if advantage not in ("leave_one_out", "gae"):
             raise ValueError(f"advantage must be 'leave_one_out' or 'gae', got {advantage!r}")
-        self.advantage = advantage
+        require_precision(precision)
+        if precision == "fp16" and advantage == "gae":
+            raise ValueError("precision must be 'fp32' or 'bf16' for gae, whose update scales no loss, got 'fp16'")
+        self.advantage, self.precision = advantage, precision
         self.price_balance = price_balance
         self.cuda_graph = cuda_graph
         if env is not None and hasattr(env, "num_sites"):
@@ -101,6 +108,7 @@ class RoutingPPO(TensorPPO):
             return
         if isinstance(self.policy.optimizer, torch.optim.Adam):  # before a zip brings its state
             self.policy.optimizer.param_groups[0].update(fused=True, foreach=False)
+        self.scaler = loss_scaler(self.precision, self.device)
         if self.env is not None:  # loaded without one to predict only
             self._check_groups()
 
@@ -118,10 +126,10 @@ class RoutingPPO(TensorPPO):
         return 1 if mdp is None else mdp.config.rollouts_per_sequence
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_episode", "_graph"]
+        return [*super()._excluded_save_params(), "_episode", "_graph", "scaler"]
 
     def keep_generators(self) -> None:
-        """Put the state of all generators into attributes, so that `save` writes them too."""
+        """Put the state of all generators, and of the loss scaler, into attributes, so that `save` writes them too."""
         cuda = torch.cuda.get_rng_state(self.device).tolist() if self.device.type == "cuda" else None
         self.generator_states: dict[str, Any] = {
             "torch": torch.get_rng_state().tolist(),
@@ -129,6 +137,7 @@ class RoutingPPO(TensorPPO):
             "numpy": np.random.get_state(),
             "env": self.env.generator.bit_generator.state if hasattr(self.env, "generator") else None,  # type: ignore[union-attr]
             "windows": self._source.left.tolist() if hasattr(self._source, "left") else None,
+            "scaler": self.scaler.state_dict() if self.precision == "fp16" else None,
         }
 
     @property
@@ -147,6 +156,8 @@ class RoutingPPO(TensorPPO):
             observation = self.env.reset()  # type: ignore[union-attr]  # or `learn` would, and seed it
             self._last_obs, self._ended = torch.as_tensor(observation, device=self.device), True  # type: ignore[assignment]
             self.env.generator.bit_generator.state = states["env"]  # type: ignore[union-attr]
+        if states.get("scaler") is not None:
+            self.scaler.load_state_dict(states["scaler"])
         if states.get("windows") is not None:
             self._source.left = np.array(states["windows"], dtype=np.int64)
 
@@ -161,7 +172,8 @@ class RoutingPPO(TensorPPO):
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         self.policy.set_training_mode(False)
         callback.on_rollout_start()
-        self._episode, rewards = self._run_episode(env)
+        with self._lowered():
+            self._episode, rewards = self._run_episode(env)
         for _ in rewards:
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())
@@ -246,7 +258,8 @@ class RoutingPPO(TensorPPO):
     def _loss(self, lanes: Episode) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Clipped surrogate minus entropy bonus plus own cost; KL estimate, clip fraction and entropy beside it."""
         assert isinstance(self.policy, RouterPolicy)
-        logits = self.policy.router.site_logits(lanes.inputs, lanes.priors, lanes.log_price)
+        with self._lowered():
+            logits = self.policy.router.site_logits(lanes.inputs, lanes.priors, lanes.log_price)
         log_prob, entropy, count = bits_terms(logits, lanes.actions)
         advantages = lanes.weight * lanes.advantages
         if lanes.unit_price.dim() == count.dim():
@@ -272,10 +285,12 @@ class RoutingPPO(TensorPPO):
         """One optimiser step; the gradient's norm before clipping."""
         assert isinstance(self.policy, RouterPolicy)
         self.policy.optimizer.zero_grad()
-        loss.backward()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.policy.optimizer)
         weights = self.policy.optimizer.param_groups[0]["params"]
         norm = torch.nn.utils.clip_grad_norm_(weights, self.max_grad_norm, foreach=True)
-        self.policy.optimizer.step()
+        self.scaler.step(self.policy.optimizer)
+        self.scaler.update()
         return norm
 
     @torch.no_grad()
@@ -283,7 +298,8 @@ class RoutingPPO(TensorPPO):
         """Share of decisions that the update turned round."""
         assert isinstance(self.policy, RouterPolicy)
         inputs, priors, log_price, *_, chosen = self._episode
-        logits = self.policy.router.site_logits(inputs, priors, log_price)
+        with self._lowered():
+            logits = self.policy.router.site_logits(inputs, priors, log_price)
         return ((logits > 0) != chosen).float().mean()
 
     def _log_update(self, stats: Tensor, flips: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn import functional as F
 
+from moe_backbone.precision import Precision, autocast
 from policies.lean_adam import LeanAdam
 from policies.tensor_rollouts import Flag, LaneStep, LazyInfos, TensorRollout, either, has_tensor_face, restart
 
@@ -46,8 +47,13 @@ class TensorPPO(PPO):
     otherwise.
     `infos` of callbacks is lazy; `rewards`, `dones` and the like are tensors. An environment without the face, wrapped,
     or with other than `Box` observations takes SB3's own way, and so does state-dependent exploration.
+
+    Attributes:
+        precision: Of the forward passes of environment and policy, and of the gradients; `fp16` needs a loss scaler,
+            which is not here.
     """
 
+    precision: Precision = "fp32"
     _rollout: TensorRollout | None = None
     _ended: Flag = False
 
@@ -74,10 +80,12 @@ class TensorPPO(PPO):
         rollout = self._rollout = self._fresh_rollout((n_rollout_steps, env.num_envs))
         callback.on_rollout_start()
         for n_steps in range(n_rollout_steps):
-            observation = self._last_obs = restart(env, self._last_obs, self._ended)  # type: ignore[arg-type, assignment]
+            with self._lowered():
+                observation = self._last_obs = restart(env, self._last_obs, self._ended)  # type: ignore[arg-type, assignment]
             actions, values, log_probs = self._act(observation)
             rollout.add(n_steps, observation, actions, values, log_probs)
-            step: LaneStep = env.step_tensor(rollout.legal(actions))  # type: ignore[attr-defined]
+            with self._lowered():
+                step: LaneStep = env.step_tensor(rollout.legal(actions))  # type: ignore[attr-defined]
             dones = either(step.terminated, step.truncated)
             rollout.add_outcome(n_steps, step.reward, dones)
             self._add_bootstrap(rollout.bootstrap[n_steps], step)
@@ -106,14 +114,19 @@ class TensorPPO(PPO):
         rollout.bootstrap.zero_()
         return rollout
 
+    def _lowered(self) -> AbstractContextManager[object]:
+        """Forward passes run in the wanted precision meanwhile."""
+        return autocast(self.precision, self.device)
+
     @torch.no_grad()
     def _act(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with unvalidated():
+        with unvalidated(), self._lowered():
             return self.policy(observation)
 
     @torch.no_grad()
     def _values(self, observation: Tensor) -> Tensor:
-        return self.policy.predict_values(observation).flatten()
+        with self._lowered():
+            return self.policy.predict_values(observation).flatten().float()
 
     def _add_bootstrap(self, bootstrap: Tensor, step: LaneStep) -> None:
         """What a cut off episode would still have earned, in one call for all lanes."""
@@ -168,8 +181,9 @@ class TensorPPO(PPO):
     def _batch_loss(self, batch: RolloutBufferSamples) -> tuple[Tensor, Tensor]:
         """SB3's loss in SB3's order of operations, and what `FIGURES` names."""
         clip, clip_values = self._clips()
-        values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, batch.actions)
-        values, advantages = values.flatten(), batch.advantages
+        with self._lowered():
+            values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, batch.actions)
+        values, advantages = values.flatten().float(), batch.advantages
         if self.normalize_advantage and len(advantages) > 1:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         log_ratio = log_prob - batch.old_log_prob

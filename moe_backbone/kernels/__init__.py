@@ -5,6 +5,8 @@ CUDA, for all ops but `kept_head_attention`. `auto` takes `triton` for CUDA tens
 where Triton is installed, and otherwise `compact`, or `reference` where a gradient is wanted; it says in the log what
 it took. On a CPU its `head_attention` computes heads that were not chosen where that takes less time than to skip them;
 `compact` itself never does.
+
+Under `torch.autocast` an op runs in autocast's type as a whole, and its outcome has the type of `hidden` again.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from moe_backbone.kernels.layouts import Derived, linear
 from moe_backbone.kernels.reference import rotate
 from moe_backbone.kernels.rows import count_rows
 from moe_backbone.kernels.tiles import DTYPES, MAX_HEAD_SIZE, MAX_HEADS
+from moe_backbone.precision import lowered
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +53,9 @@ def expert_mlp(
     Raises:
         ValueError: If the backend is unknown, or cannot run here.
     """
-    tensors = (hidden, weights, gate_up, down)
-    return _implementation("expert_mlp", backend, tensors)(hidden, weights, subset, gate_up, down)
+    rows, weights, gate_up, down = tensors = lowered(hidden, weights, gate_up, down)
+    run = _implementation("expert_mlp", backend, tensors)
+    return run(rows, weights, subset, gate_up, down).to(hidden.dtype)
 
 
 def head_attention(
@@ -70,9 +74,10 @@ def head_attention(
     Raises:
         ValueError: If the backend is unknown, or cannot run here.
     """
-    tensors = (hidden, weights, query_weight, keys, values, output_weight)
+    tensors = lowered(hidden, weights, query_weight, keys, values, output_weight)
     run = _implementation("head_attention", backend, tensors)
-    return run(hidden, weights, subset, query_weight, keys, values, output_weight, rotation)
+    rows, weights, *rest = tensors
+    return run(rows, weights, subset, *rest, rotation).to(hidden.dtype)
 
 
 def kept_head_attention(
@@ -90,8 +95,12 @@ def kept_head_attention(
     Raises:
         ValueError: If the backend is unknown, or cannot run here; `triton` has no such op.
     """
-    run = _implementation("kept_head_attention", backend, (hidden, weights, projection, output_weight, *past))
-    return run(hidden, weights, subset, projection, output_weight, rotation, past)
+    rows, weights, projection, output_weight, *past = tensors = lowered(
+        hidden, weights, projection, output_weight, *past
+    )
+    run = _implementation("kept_head_attention", backend, tensors)
+    update, kept = run(rows, weights, subset, projection, output_weight, rotation, past)
+    return update.to(hidden.dtype), kept
 
 
 def _implementation(op: str, backend: Backend, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from moe_backbone.precision import is_lowered
+
 SMALLEST_PACKED = 500_000
 """Multiply-adds of one product below which calling the library costs more than its layout saves."""
 SAMPLE = 16
@@ -163,4 +165,6 @@ def _pack(matrix: Tensor) -> Tensor:
 
 
 def _can_pack(weight: Tensor) -> bool:
-    return _HAS_LAYOUTS and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > 0
+    if not _HAS_LAYOUTS or weight.device.type != "cpu" or is_lowered(weight.device):
+        return False
+    return weight.dtype == torch.float32 and weight.numel() > 0

@@ -145,4 +145,5 @@ def rotate(vectors: Tensor, rotation: Tensor) -> Tensor:
     """
     first, second = vectors.chunk(2, dim=-1)
     cosine, sine = rotation
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    return turned.to(vectors.dtype)  # the table is float32

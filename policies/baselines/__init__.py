@@ -9,9 +9,10 @@ from policies.baselines.hashing import HashRouter, TokenTable, balanced_table
 from policies.baselines.points import FixedPoint
 from policies.baselines.pruning import (
     ExpertPruning,
-    HeadPruning,
+    UnitPruning,
     expert_importance,
     head_importance,
+    prune_share,
     prune_units,
     routing_mass,
 )
@@ -35,7 +36,6 @@ __all__ = [
     "GreedyPoint",
     "GreedySearch",
     "HashRouter",
-    "HeadPruning",
     "HeadRule",
     "PerSiteRules",
     "QueryNorm",
@@ -49,6 +49,7 @@ __all__ = [
     "TopK",
     "TopP",
     "UnitKeys",
+    "UnitPruning",
     "allocate",
     "balanced_table",
     "expert_importance",
@@ -57,6 +58,7 @@ __all__ = [
     "fit_unit_keys",
     "fixed_routers",
     "head_importance",
+    "prune_share",
     "prune_units",
     "query_projections",
     "routing_mass",

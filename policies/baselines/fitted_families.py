@@ -13,7 +13,7 @@ from policies.baselines.attention_score import AttentionThreshold, AttentionTopK
 from policies.baselines.calibration import Calibration
 from policies.baselines.clusters import ClusterKind, ClusterRouter, fit_clustering
 from policies.baselines.points import FixedPoint
-from policies.baselines.pruning import ExpertPruning, HeadPruning, prune_units
+from policies.baselines.pruning import ExpertPruning, UnitPruning, prune_units
 from policies.baselines.query_norm import QueryNorm, query_projections
 from policies.baselines.site_rules import ExpertRule, PerSiteRules
 
@@ -140,6 +140,6 @@ def expert_pruning_heads(text: Calibration) -> Iterator[FixedPoint]:
         )
         for k in text.halved_experts:
             pruned = ExpertPruning(prune_units(text.expert_importance, experts), k)
-            router = HeadPruning(pruned, prune_units(text.head_importance, heads))
+            router = UnitPruning(pruned, prune_units(text.head_importance, heads))
             setting = {"heads_kept": heads, "experts_kept": experts, "k": k}
             yield FixedPoint("expert-pruning+heads", setting, router)

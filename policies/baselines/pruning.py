@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +16,23 @@ from policies.baselines.prefix import PrefixCache
 
 
 @dataclass(frozen=True)
-class HeadPruning:
-    """Any router, with the pruned heads switched off for every token."""
+class UnitPruning:
+    """Any router, with the pruned units switched off for every token: a mask on top of what it chooses."""
 
     router: Router
-    """Chooses among the kept heads, and the experts."""
+    """Chooses among the kept units."""
     kept: Mapping[int, Tensor]
-    """Kept heads of a head site, by the site's index: bool (num_units,). Sites left out keep all heads."""
+    """Kept units of a site, by the site's index: bool (num_units,). Sites left out keep all units."""
+
+    @property
+    def overhead_flops(self) -> float:
+        """FLOPs of the router; the mask costs nothing."""
+        return float(getattr(self.router, "overhead_flops", 0.0))
+
+    @property
+    def compensation(self) -> Any:
+        """The router's constants in place of skipped units, which stand in for pruned ones too; None without any."""
+        return getattr(self.router, "compensation", None)
 
     def select(self, view: SiteView) -> Tensor:
         """Choose the units that run: bool (num_tokens, num_units)."""
@@ -102,7 +113,7 @@ def one_off_routers(site: RoutingSite, index: int) -> list[Router]:
     """Native routing without one unit of site `index`, unit by unit."""
     kept = [{index: units} for units in ~torch.eye(site.num_units, dtype=torch.bool)]
     if site.kind == "heads":
-        return [HeadPruning(NativeRouter(), units) for units in kept]
+        return [UnitPruning(NativeRouter(), units) for units in kept]
     return [ExpertPruning(units) for units in kept]
 
 
@@ -148,3 +159,25 @@ def prune_units(importance: Mapping[int, Tensor], keep: int) -> dict[int, Tensor
     kept = torch.zeros(len(scores), dtype=torch.bool)
     kept[scores.argsort(descending=True, stable=True)[:keep]] = True
     return dict(zip(importance, kept.split([len(site) for site in importance.values()]), strict=True))
+
+
+def prune_share(sites: Sequence[RoutingSite], importance: Mapping[int, Tensor], share: float) -> dict[int, Tensor]:
+    """Keep a share of the heads and the same share of the experts, the most important of each kind over all layers.
+
+    Args:
+        sites: Of the backbone.
+        importance: Of the units of every site, by the site's index: float64 (num_units,); compared within a kind.
+        share: To keep, a fraction, rounded to whole units of a kind.
+
+    Returns:
+        Kept units by index of the site: bool (num_units,).
+
+    Raises:
+        ValueError: If the share lies outside [0, 1].
+    """
+    require(0 <= share <= 1, f"share must lie in [0, 1], got {share}")
+    kept: dict[int, Tensor] = {}
+    for kind in ("heads", "experts"):
+        of_kind = {index: scores for index, scores in importance.items() if sites[index].kind == kind}
+        kept |= prune_units(of_kind, round(share * sum(map(len, of_kind.values()))))
+    return kept

@@ -8,7 +8,7 @@ from policies.baselines.calibration import Calibration
 from policies.baselines.fixed import EntropyThreshold, SecondRatio, SequenceTopK, Threshold, TopK, TopP
 from policies.baselines.hashing import HashRouter, balanced_table
 from policies.baselines.points import FixedPoint, described
-from policies.baselines.pruning import HeadPruning, prune_units
+from policies.baselines.pruning import UnitPruning, prune_units
 from policies.baselines.randomized import RandomHeads, RandomK, RandomSubset
 
 SUBSET_RATES = (0.1, 0.25, 0.5, 0.75)
@@ -123,5 +123,5 @@ def _pruned(text: Calibration, bases: Iterable[FixedPoint]) -> Iterator[FixedPoi
     for base in bases:
         for share in KEPT_HEAD_SHARES:
             keep = round(share * num_heads)
-            router = HeadPruning(base.router, prune_units(text.head_importance, keep))
+            router = UnitPruning(base.router, prune_units(text.head_importance, keep))
             yield FixedPoint(base.name, base.setting | {"heads_kept": keep}, router)

@@ -313,9 +313,9 @@ def test_settings_that_came_later_leave_old_backbones_found(tiny_corpus: Corpus,
     """At their defaults they are no part of the key; elsewhere they are."""
     keys = {backbone_key(tiny_corpus, tiny_config, replace(SETTINGS, consistency=weight)) for weight in (0.0, 1.0)}
     assert len(keys) == 2
-    assert "consistency" not in pretrain_module._settings(SETTINGS)
-    assert set(pretrain_module._settings(replace(SETTINGS, consistency=1.0))) - set(
-        pretrain_module._settings(SETTINGS)
+    assert "consistency" not in pretrain_module.shaping(SETTINGS)
+    assert set(pretrain_module.shaping(replace(SETTINGS, consistency=1.0))) - set(
+        pretrain_module.shaping(SETTINGS)
     ) == {"consistency"}
 
 

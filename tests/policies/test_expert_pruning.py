@@ -3,8 +3,16 @@
 import pytest
 import torch
 
-from moe_backbone import NativeRouter, RoutingSite, SiteView, token_log_likelihood
-from policies.baselines import ExpertPruning, HeadPruning, expert_importance, prune_units, routing_mass
+from moe_backbone import MoETransformer, NativeRouter, RoutingSite, SiteView, token_log_likelihood
+from policies.baselines import (
+    ExpertPruning,
+    UnitPruning,
+    expert_importance,
+    prune_share,
+    prune_units,
+    routing_mass,
+)
+from policies.linear_router import LinearRouter, RouterSpec
 
 
 def expert_view(probabilities):
@@ -75,9 +83,39 @@ def test_mass_is_the_gate_probability_of_chosen_experts(tiny_backbone, tiny_toke
 def test_pruned_heads_and_experts_never_run(tiny_backbone, tiny_tokens):
     experts = prune_units({1: torch.tensor([0.1, 0.4, 0.3, 0.2]), 3: torch.tensor([0.9, 0.0, 0.0, 0.0])}, 4)
     heads = prune_units({0: torch.tensor([4.0, 3.0, 2.0, 1.0]), 2: torch.tensor([0.0, 0.0, 0.0, 5.0])}, 3)
-    _, subsets = tiny_backbone.run(tiny_tokens, HeadPruning(ExpertPruning(experts), heads))
+    _, subsets = tiny_backbone.run(tiny_tokens, UnitPruning(ExpertPruning(experts), heads))
     used = [subset.any(0).tolist() for subset in subsets]
     assert used[0] == [True, True, False, False]
     assert used[2] == [False, False, False, True]
     assert not used[1][0] and used[3] == [True, False, False, False]
     assert (subsets[1].sum(1) == 2).all() and (subsets[3].sum(1) == 1).all()
+
+
+def test_a_share_is_kept_of_each_kind(tiny_backbone: MoETransformer) -> None:
+    """However much larger the numbers of one kind are."""
+    importance = {index: torch.rand(site.num_units) for index, site in enumerate(tiny_backbone.sites)}
+    for index, site in enumerate(tiny_backbone.sites):
+        if site.kind == "experts":
+            importance[index] += 10
+    kept = prune_share(tiny_backbone.sites, importance, 0.5)
+    for kind in ("heads", "experts"):
+        units = torch.cat([kept[index] for index, site in enumerate(tiny_backbone.sites) if site.kind == kind])
+        assert units.sum() == len(units) // 2
+    with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], got 2"):
+        prune_share(tiny_backbone.sites, importance, 2)
+
+
+def test_a_mask_keeps_what_the_router_brings(tiny_backbone: MoETransformer, tiny_tokens: torch.Tensor) -> None:
+    """Its cost and its constants; of its choice only what is kept."""
+    router = LinearRouter(
+        RouterSpec(hidden_size=tiny_backbone.hidden_size, sites=tiny_backbone.sites, compensation=True)
+    ).at_price(0.1)
+    importance = {index: torch.rand(site.num_units) for index, site in enumerate(tiny_backbone.sites)}
+    kept = prune_share(tiny_backbone.sites, importance, 0.5)
+    masked = UnitPruning(router, kept)
+    assert masked.overhead_flops == router.overhead_flops
+    assert masked.compensation is router.compensation
+    _, subsets = tiny_backbone.run(tiny_tokens, masked)
+    assert all(not (subset & ~kept[index]).any() for index, subset in enumerate(subsets))
+    assert any(subset.any() for subset in subsets)
+    assert UnitPruning(NativeRouter(), kept).compensation is None

@@ -20,7 +20,6 @@ from policies.baselines import (
     GreedyConfig,
     GreedySearch,
     HashRouter,
-    HeadPruning,
     RandomHeads,
     RandomK,
     RandomSubset,
@@ -29,6 +28,7 @@ from policies.baselines import (
     Threshold,
     TopK,
     TopP,
+    UnitPruning,
     balanced_table,
     fixed_routers,
     head_importance,
@@ -259,7 +259,7 @@ def test_pruning_keeps_the_most_important_heads_over_all_layers():
 def test_pruned_heads_are_never_chosen_and_the_rest_is_the_routers_choice(backbone, text):
     kept = {0: torch.tensor([True, False, True, False])}
     router = RandomSubset(0.7, seed=0)
-    _, pruned = backbone.run(text[0], HeadPruning(router, kept))
+    _, pruned = backbone.run(text[0], UnitPruning(router, kept))
     view = backbone.observe(backbone.begin(text[0]))
     assert not pruned[0][:, [1, 3]].any()
     assert torch.equal(pruned[0][:, [0, 2]], router.select(view)[:, [0, 2]])
