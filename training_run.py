@@ -142,6 +142,7 @@ def build_gates(
         lambda: mdp.draw(generator),
         gating,
         quality=quality,
+        credit=config.env.credit,
         balance_price=config.env.balance_price,
         cache_price=config.env.cache_price,
         seed=config.seed,

@@ -22,7 +22,7 @@ from moe_backbone.checks import require_at_least
 from moe_backbone.config import BackboneConfig
 from moe_backbone.corpus import Corpus, Split
 from moe_backbone.files import read_whole, write_atomic
-from moe_backbone.quality import token_log_likelihood
+from moe_backbone.quality import mean_scored, token_log_likelihood
 from moe_backbone.sites import NativeRouter, Router, SiteView, best_units
 from moe_backbone.transformer import MoETransformer, balance_loss
 
@@ -145,10 +145,10 @@ def load_or_train(
     """
     path = cache_folder() / f"backbone-{backbone_key(corpus, config, pretrain)}.safetensors"
     logger.info("backbone: %s%s", "" if path.exists() else "training once, then kept at ", path)
-    return _train_once(path, config, lambda partial: Pretraining(corpus, config, pretrain, device, partial), device)
+    return train_once(path, config, lambda partial: Pretraining(corpus, config, pretrain, device, partial), device)
 
 
-def _train_once(
+def train_once(
     path: Path, config: BackboneConfig, begin: Callable[[Path], Pretraining], device: str
 ) -> MoETransformer:
     """The backbone kept at `path`, frozen on `device`; trained first if it is not there, from where it was stopped."""
@@ -222,11 +222,10 @@ class Pretraining:
 
     def _train_step(self) -> None:
         settings = self.pretrain
-        tokens, targets = self.corpus.train.sample(settings.sequences, self.config.seq_len, self.batches)
-        tokens, targets = tokens.to(self.device), targets.to(self.device)
+        tokens, targets = self._draw()
         router = _Recorder(self._router())
         logits, _ = self.backbone.run(tokens, router)
-        loss = -token_log_likelihood(logits, targets).mean()
+        loss = self._loss(logits, tokens, targets)
         loss = loss + settings.balance_weight * balance_loss(router.scores, router.subsets)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * learning_rate_factor(self.step, settings.steps)
@@ -235,6 +234,15 @@ class Pretraining:
         torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        """Tokens of a step and their targets, each (sequences, seq_len), int64, on the device."""
+        tokens, targets = self.corpus.train.sample(self.pretrain.sequences, self.config.seq_len, self.batches)
+        return tokens.to(self.device), targets.to(self.device)
+
+    def _loss(self, logits: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
+        """What is made small, nats a token, but for the balance of the experts."""
+        return -mean_scored(token_log_likelihood(logits, targets), targets)
 
     def _router(self) -> Router:
         """What routes the step."""
@@ -318,7 +326,7 @@ def fine_tune(
     Returns:
         The backbone in evaluation mode, frozen, on `device`, under the head meaning of `start`.
     """
-    backbone = _train_once(
+    backbone = train_once(
         path, start.config, lambda partial: FineTuning(corpus, start, settings, make_router, device, partial), device
     )
     backbone.head_meaning = start.head_meaning
@@ -349,4 +357,4 @@ def routed_loss(backbone: MoETransformer, router: Router, split: Split, *, max_t
     for start in range(0, len(tokens), 32):
         logits, _ = backbone.run(tokens[start : start + 32].to(device), router)
         losses.append(-token_log_likelihood(logits, targets[start : start + 32].to(device)))
-    return torch.cat(losses).mean().item()
+    return mean_scored(torch.cat(losses), targets.to(device)).item()
