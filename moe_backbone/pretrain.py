@@ -148,9 +148,7 @@ def load_or_train(
     return train_once(path, config, lambda partial: Pretraining(corpus, config, pretrain, device, partial), device)
 
 
-def train_once(
-    path: Path, config: BackboneConfig, begin: Callable[[Path], Pretraining], device: str
-) -> MoETransformer:
+def train_once(path: Path, config: BackboneConfig, begin: Callable[[Path], Pretraining], device: str) -> MoETransformer:
     """The backbone kept at `path`, frozen on `device`; trained first if it is not there, from where it was stopped."""
     backbone = MoETransformer(config)
     if path.exists():

@@ -39,7 +39,7 @@ def credited(values: Tensor, targets: Tensor, credit: str) -> Tensor:
 
 
 def tokens_per_scored(targets: Tensor) -> Tensor:
-    """Tokens over scored ones of each sequence (num_sequences, 1), float32: exactly 1 where all are, tokens where none."""
+    """Tokens over scored ones of each sequence (num_sequences, 1), float32; exactly 1 where all are scored."""
     return targets.shape[1] / scored(targets).sum(1, keepdim=True).clamp_min(1)
 
 

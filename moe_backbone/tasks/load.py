@@ -85,7 +85,9 @@ def load_task(path: Path, *, seq_len: int = 256, lookahead: int | None = None) -
         splits[part], cut = encode(part, examples, labels, tagging=tagging, **where)
         if cut:
             what = "sentences cut into several" if tagging else "texts without their beginning"
-            logger.info("task %s: %d of %d %s, to fit %d bytes (%s)", path.name, cut, len(examples), what, seq_len, part)
+            logger.info(
+                "task %s: %d of %d %s to fit %d bytes, %s", path.name, cut, len(examples), what, seq_len, part
+            )
     known = {example.words for example in shuffled["train"]}
     if again := sum(example.words in known for example in shuffled["test"]):
         logger.info("task %s: %d test examples also occur in training; they are kept", path.name, again)

@@ -30,21 +30,21 @@ class TuningConfig(PretrainConfig):
         ValueError: If a value is impossible; the message gives name, rule and actual value.
     """
 
-    steps: int = 1500
+    steps: int = 1600
     """Most optimiser steps; early stopping may end before."""
-    sequences: int = 8
+    sequences: int = 4
     """Windows of a step."""
     learning_rate: float = 1e-3
     """Peak of the AdamW learning rate; warmed up, then a cosine to 0."""
     patience: int = 6
     """Looks without improvement before training stops early."""
-    text_weight: float = 0.1
+    text_weight: float = 0.05
     """Weight of predicting the text itself, against forgetting and overfitting."""
-    prefix_weight: float = 0.3
+    prefix_weight: float = 0.5
     """Weight of predicting the label of a text behind each of its words; in classification only."""
-    hidden_words: float = 0.1
+    hidden_words: float = 0.05
     """Share of the words whose bytes are hidden while training."""
-    smoothing: float = 0.1
+    smoothing: float = 0.05
     """Share of a label's probability that training spreads over all labels."""
 
     def __post_init__(self) -> None:
