@@ -89,6 +89,9 @@ class TrainConfig:
     backbone_dir: Path | None = None
     """Route the backbone of this folder, as `train_backbone.py` leaves it, instead of one trained on the corpus;
     `backbone` and `pretrain` are not used then."""
+    task: Path | None = None
+    """Train the router on this task instead of a corpus: file or folder as `train_task.py` takes it, which left
+    `backbone_dir`. Scored is what is scored there: labels, not the next byte."""
     seq_len: int = 128
     """Tokens of a window, for `checkpoint`."""
     dtype: str = "auto"
@@ -128,6 +131,9 @@ class TrainConfig:
         rule = "env.cache_price must be 0 unless head_meaning is query_key_value"
         priced = self.env.cache_price > 0 and self.head_meaning == "query"
         require(not priced, f"{rule}, got {self.env.cache_price}")
+        require(
+            self.task is None or self.backbone_dir is not None, f"task must come with backbone_dir, got {self.task}"
+        )
         if self.backbone_dir is not None:
             require(self.checkpoint is None, f"checkpoint must not be given beside backbone_dir, got {self.checkpoint}")
             rule = "adapt_backbone must be 0 with backbone_dir"

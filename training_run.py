@@ -21,11 +21,13 @@ from envs import CorpusSource, RoutingMDP, RoutingVecEnv
 from evaluate_rl import LearnedPoint, evaluate, evaluation_context, write_report
 from evaluation import Evaluator, Scored, loss_at, tradeoff_figure, usage_figure
 from moe_backbone import Backbone, MoETransformer, NativeRouter
+from moe_backbone.checks import require
 from moe_backbone.corpus import Corpus, load_corpus
 from moe_backbone.files import write_atomic
 from moe_backbone.huggingface import HuggingFaceBackbone, TokenizerVocabulary, load_model, load_tokenizer
 from moe_backbone.pretrain import PretrainConfig, backbone_key, cache_folder, fine_tune, load_or_train
-from moe_backbone.saved import load_saved
+from moe_backbone.saved import load_saved, read_about
+from moe_backbone.tasks import TaskCorpus, load_task
 from policies.calibration import Calibration, calibrate
 from policies.callbacks import GateSteps, PeriodicEvaluation, PeriodicSave, ProgressBar, RoutingMetrics
 from policies.cost_limit import SPREAD, CostLimit
@@ -72,7 +74,22 @@ def load_given(config: TrainConfig, device: str) -> tuple[Corpus, Backbone] | No
         return None
     backbone = load_saved(config.backbone_dir, device)
     backbone.head_meaning = config.head_meaning
+    if config.task is not None:
+        return load_own_task(config.task, config.backbone_dir, backbone.config.seq_len), backbone
     return load_corpus(config.corpus, seq_len=backbone.config.seq_len), backbone
+
+
+def load_own_task(path: Path, backbone_dir: Path, seq_len: int) -> TaskCorpus:
+    """The task that the backbone of a folder was trained on.
+
+    Raises:
+        ValueError: If it cannot be read, or is another one.
+    """
+    about = read_about(backbone_dir).get("task", {})
+    task = load_task(path, seq_len=seq_len, lookahead=about.get("lookahead"))
+    rule = f"task must be the one that train_task.py trained {backbone_dir} on ({about.get('name', 'none')})"
+    require(task.sha256 == about.get("sha256"), f"{rule}, got {path}")
+    return task
 
 
 def load_checkpoint(config: TrainConfig, device: str) -> tuple[Corpus, HuggingFaceBackbone]:
@@ -143,6 +160,7 @@ def build_gates(
         lambda: mdp.draw(generator),
         gating,
         quality=quality,
+        credit=config.env.credit,
         balance_price=config.env.balance_price,
         cache_price=config.env.cache_price,
         seed=config.seed,

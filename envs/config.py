@@ -20,7 +20,8 @@ class EnvConfig:
     """Paid at the last site, against the native rollout of the same tokens: minus KL(native || routed) in nats, or the
     change in log-likelihood (nats) or in accuracy (0/1) of the true next token."""
     credit: Literal["token", "sequence"] = "token"
-    """Whether each lane is paid for its own token, or all lanes of a sequence share the mean."""
+    """Whether each lane is paid for its own token, or all lanes of a sequence share the mean. In a task, where few
+    tokens are scored, its own is the next scored one, and the mean is that of the scored ones."""
     price_low: float = 0.01
     """Lowest price of native compute, nats; drawn log-uniformly for each sequence and shown to the policy."""
     price_high: float = 1.0

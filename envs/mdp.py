@@ -18,7 +18,7 @@ from torch import Tensor
 from envs.config import EnvConfig
 from envs.layout import OBSERVATION_BOUND, ObservationLayout
 from envs.native import NativeReference, to_device
-from envs.reward import quality, shared, step_reward
+from envs.reward import quality, step_reward
 from envs.rollout import Rollout, TokenBatch
 from envs.token_source import TokenSource
 from moe_backbone import Backbone, ComputeMeter, best_units
@@ -26,6 +26,7 @@ from moe_backbone.checks import require, require_price
 from moe_backbone.compensation import Compensation
 from moe_backbone.compute import earlier_keys, load_excess
 from moe_backbone.precision import full_precision
+from moe_backbone.quality import credited
 from moe_backbone.transformer import RoutingState
 
 
@@ -308,5 +309,5 @@ class RoutingMDP:
             groups = (-1, batch.copies)  # copies of a sequence share one native row
             routed, targets = logits.unflatten(0, groups), batch.targets.unflatten(0, groups)
             value = quality(self.config.quality, batch.native.unsqueeze(1), routed, targets)
-            values.append(shared(value.flatten(0, 1), self.config.credit).flatten())
+            values.append(credited(value.flatten(0, 1), batch.targets, self.config.credit).flatten())
         return torch.cat(values)

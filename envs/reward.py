@@ -18,17 +18,12 @@ def quality(kind: str, native_logits: Tensor, logits: Tensor, targets: Tensor) -
         targets: True next tokens (...), int64.
 
     Returns:
-        (...), float32.
+        (...), float32; 0 where nothing is scored.
     """
     if kind == "kl":
-        return -token_divergence(native_logits, logits)
+        return -token_divergence(native_logits, logits, targets)
     measure = token_log_likelihood if kind == "log_likelihood" else token_correct
     return measure(logits, targets) - measure(native_logits.expand_as(logits), targets)
-
-
-def shared(values: Tensor, credit: str) -> Tensor:
-    """Each token its own value, or the mean of its sequence: same shape (num_sequences, seq_len)."""
-    return values if credit == "token" else values.mean(1, keepdim=True).expand_as(values)
 
 
 def step_reward(price: Tensor, compute: Tensor, quality: Tensor | None, balance: Tensor | None = None) -> Tensor:

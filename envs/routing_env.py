@@ -15,8 +15,10 @@ from envs.config import EnvConfig
 from envs.mdp import RoutingMDP, Step, TokenBatch
 from envs.token_source import CorpusSource, TokenSource
 from moe_backbone import Backbone, BackboneConfig
+from moe_backbone.checks import require
 from moe_backbone.corpus import load_corpus
 from moe_backbone.pretrain import PretrainConfig, load_or_train
+from moe_backbone.quality import scored
 
 
 class RoutingEnv(gym.Env[np.ndarray, Any]):
@@ -85,6 +87,8 @@ class RoutingEnv(gym.Env[np.ndarray, Any]):
         new = seed is not None or options is not None or self._sequence is None or self._running
         if new or self._position == self.mdp.source.seq_len:
             self._sequence = draw_with(self.mdp, self.np_random, options or {})
+            rule = "every token must be scored when tokens are decoded one by one, as what follows is not known"
+            require(bool(scored(self._sequence.targets).all()), f"{rule}, got one that is not")
             self._position = 0
             self._cache = self.mdp.backbone.new_cache()
         assert self._sequence is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -155,19 +155,46 @@ def scores_along(
 def cache_along(curves: Sequence[Curve], computes: Sequence[float]) -> FloatArray:
     """Held-out keys and values kept at each compute, as a share of native; interpolated as scores are.
 
+    Points without `cache`, whose routing drops nothing, count as 1. Otherwise as `f1_along`.
+    """
+    return _along(curves, computes, lambda point: 1.0 if point.cache is None else point.cache)
+
+
+def f1_along(curves: Sequence[Curve], computes: Sequence[float]) -> FloatArray:
+    """Held-out F1 of entities at each compute; interpolated as scores are, as a mixture of two settings would tag.
+
     Args:
-        curves: One for each seed, none of them empty; points without `cache`, whose routing drops nothing, count as 1.
+        curves: One for each seed, none of them empty.
         computes: Fractions of native compute.
 
     Returns:
         Interquartile mean over the seeds (num_computes,), float64; NaN where a seed does not reach.
     """
-    shares = []
+    return _along(curves, computes, lambda point: float("nan") if point.f1 is None else point.f1)
+
+
+def compute_at_f1(curve: Curve, least: float) -> float | None:
+    """Smallest compute from which on one router's settings keep a held-out F1, linear between; None if none does."""
+    points = [point.held_out for point in frontier(curve)]
+    computes, scores = [point.compute for point in points], [point.f1 or 0.0 for point in points]
+    below = [index for index, score in enumerate(scores) if score < least]
+    if not below:
+        return computes[0]
+    last = below[-1]
+    if last + 1 == len(points):
+        return None
+    share = (least - scores[last]) / (scores[last + 1] - scores[last])
+    return computes[last] + share * (computes[last + 1] - computes[last])
+
+
+def _along(curves: Sequence[Curve], computes: Sequence[float], measure: Callable[[Point], float]) -> FloatArray:
+    """Interquartile mean over seeds of what `measure` says of held-out points at each compute (num_computes,)."""
+    values = []
     for curve in curves:
         points = [point.held_out for point in frontier(curve)]
         weights = _mixture(np.array([point.compute for point in points]), np.asarray(computes, dtype=np.float64))
-        shares.append(weights @ np.array([1.0 if point.cache is None else point.cache for point in points]))
-    return iqm(np.stack(shares, axis=1))
+        values.append(weights @ np.array([measure(point) for point in points]))
+    return iqm(np.stack(values, axis=1))
 
 
 def sums_of(documents: DocumentSums, quantity: Quantity) -> FloatArray:

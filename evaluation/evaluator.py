@@ -16,6 +16,8 @@ from evaluation.tally import Tally
 from moe_backbone import Backbone, ComputeMeter, NativeRouter, Router, token_correct, token_log_likelihood
 from moe_backbone.corpus import Split
 from moe_backbone.kernels import count_rows
+from moe_backbone.quality import scored
+from moe_backbone.tasks import TaskSplit, entity_f1, require_seqeval
 
 
 class PointSpec(Protocol):
@@ -42,8 +44,8 @@ class Evaluator:
 
     Args:
         backbone: What computes; must be on `device`.
-        split: Held-out text.
-        max_tokens: Most tokens to score.
+        split: Held-out text, or a part of a task, of which only tokens with a label are scored.
+        max_tokens: Most tokens to run.
         batch_sequences: Sequences of one forward pass.
         device: Where the tokens go.
         seq_len: Tokens of a window; None for the backbone's own.
@@ -53,12 +55,13 @@ class Evaluator:
         split: The held-out text.
         sites: Routed sites of the backbone.
         num_tokens: Tokens scored.
-        tokens: What is scored (num_windows, seq_len), int64.
-        num_documents: Documents that these tokens come from.
+        tokens: What is run (num_windows, seq_len), int64.
+        num_documents: Documents that the scored tokens come from.
         native: The point of native routing.
 
     Raises:
-        ValueError: If a size is impossible, or the windows hold fewer than two documents.
+        ValueError: If a size is impossible, or the windows hold fewer than two documents, or F1 of entities is due and
+            seqeval is not installed.
     """
 
     def __init__(
@@ -82,9 +85,14 @@ class Evaluator:
         self._meter = ComputeMeter(self.sites, seq_len)
         self._fixed_flops = backbone.fixed_flops if fixed_flops is None else fixed_flops
         self.tokens, self._targets, document_ids = split.windows(seq_len, max_tokens)
-        documents, rows = np.unique(document_ids.numpy(), return_inverse=True)
-        self._document_rows = rows.reshape(document_ids.shape)
-        self.num_documents, self.num_tokens = len(documents), self.tokens.numel()
+        counted = scored(self._targets)
+        documents = np.unique(document_ids[counted].numpy())
+        self._document_rows = np.searchsorted(documents, document_ids.numpy()).clip(max=len(documents) - 1)
+        self.num_documents, self.num_tokens = len(documents), int(counted.sum())
+        self._sentences = None
+        if isinstance(split, TaskSplit) and split.tagging:
+            require_seqeval()
+            self._sentences = np.flatnonzero(np.diff(document_ids[counted].numpy())) + 1
         if self.num_documents < 2:
             raise ValueError(f"split must hold at least 2 documents for intervals, got 1 in {split.name}")
         self._native_documents: DocumentSums | None = None
@@ -108,7 +116,7 @@ class Evaluator:
         """
         tally = Tally(self._meter)
         with torch.no_grad(), _never_masked(self.backbone), count_rows() as counted:
-            documents, seconds = self._run(router, price, tally)
+            documents, seconds, predicted = self._run(router, price, tally)
         tally.check_rows(counted)
         overhead = float(getattr(router, "overhead_flops", 0.0))
         native, spent = self._meter.native_flops, tally.flops / tally.num_tokens + overhead
@@ -126,13 +134,14 @@ class Evaluator:
             distinct_units=tally.distinct_units,
             balance=tally.balance,
             cache=tally.cache,
+            f1=None if self._sentences is None else self._f1(predicted),
             seconds=seconds,
         )
 
-    def _run(self, router: Router, price: float, tally: Tally) -> tuple[DocumentSums, float]:
-        """Scores by document, and seconds of the forward passes."""
+    def _run(self, router: Router, price: float, tally: Tally) -> tuple[DocumentSums, float, Tensor]:
+        """Scores by document, seconds of the forward passes, and the likeliest token at each scored one, int64."""
         sums = np.zeros((3, self.num_documents))
-        seconds = 0.0
+        seconds, predicted = 0.0, []
         for start in range(0, len(self.tokens), self._batch_sequences):
             rows = slice(start, start + self._batch_sequences)
             tokens, targets = self.tokens[rows].to(self._device), self._targets[rows].to(self._device)
@@ -141,10 +150,23 @@ class Evaluator:
             logits, subsets = self.backbone.run(tokens, router, prices)
             seconds += self._now() - started
             tally.add(subsets, len(tokens))
-            sums[0] += self._by_document(torch.ones_like(targets), rows)
+            sums[0] += self._by_document(scored(targets), rows)
             sums[1] += self._by_document(token_log_likelihood(logits, targets), rows)
             sums[2] += self._by_document(token_correct(logits, targets), rows)
-        return DocumentSums(tokens=sums[0], log_likelihood=sums[1], correct=sums[2]), seconds
+            if self._sentences is not None:
+                predicted.append(logits.argmax(-1)[scored(targets)].cpu())
+        documents = DocumentSums(tokens=sums[0], log_likelihood=sums[1], correct=sums[2])
+        return documents, seconds, torch.cat(predicted) if predicted else torch.zeros(0)
+
+    def _f1(self, predicted: Tensor) -> float:
+        """F1 of the entities in scored sentences; a prediction that is no tag counts as `O`."""
+        assert isinstance(self.split, TaskSplit) and self._sentences is not None
+        names = self.split.label_bytes
+        gold, found = (
+            [[names.label(value, "O") for value in part.tolist()] for part in np.split(values.numpy(), self._sentences)]
+            for values in (self._targets[scored(self._targets)], predicted)
+        )
+        return entity_f1(gold, found)
 
     def _by_document(self, values: Tensor, rows: slice) -> FloatArray:
         """Sum values (num_sequences, seq_len) of some windows over each document (num_documents,), float64."""

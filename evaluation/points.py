@@ -46,6 +46,8 @@ class Point:
     """Wall time of the forward passes over all windows."""
     cache: float | None = None
     """Bytes of keys and values kept over those of native routing; None where no site drops any."""
+    f1: float | None = None
+    """Micro F1 of whole entities, a fraction; None where no entities are tagged."""
 
     @property
     def log_likelihood(self) -> float:
@@ -79,8 +81,8 @@ class Point:
         return accuracy_difference(self.documents, self.native_documents)
 
     def to_json(self) -> dict[str, Any]:
-        """One entry of `points` in `evaluation.json`; `cache` is there where keys and values are dropped."""
-        cache = {} if self.cache is None else {"cache": self.cache}
+        """One entry of `points` in `evaluation.json`; `cache` and `f1` are there where they are measured."""
+        measured = {"cache": self.cache, "f1": self.f1}
         return {
             "router": self.router,
             "setting": self.setting,
@@ -88,7 +90,7 @@ class Point:
             "compute": self.compute,
             "router_overhead": self.router_overhead,
             "compute_total": self.compute_total,
-            **cache,
+            **{name: value for name, value in measured.items() if value is not None},
             "accuracy": self.accuracy,
             "log_likelihood": self.log_likelihood,
             "accuracy_retained": self.accuracy_retained,

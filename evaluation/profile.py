@@ -197,9 +197,9 @@ def profile_split(
         device: Where the tokens go.
     """
     spread = split.windows(seq_len, max_tokens)[:2]
-    available = split.num_windows(seq_len)
-    count = max(1, min(available, PASSAGE_TOKENS // seq_len))
-    passage = split.at((np.arange(count) + (available - count) // 2) * seq_len, seq_len)
+    starts = split.starts(seq_len)
+    count = max(1, min(len(starts), PASSAGE_TOKENS // seq_len))
+    passage = split.at(starts[(len(starts) - count) // 2 :][:count], seq_len)
     profiles = [
         profile_points(backbone, tokens.to(device), targets.to(device), specs, split.vocabulary)
         for tokens, targets in (spread, passage)

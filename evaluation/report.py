@@ -14,7 +14,7 @@ from rich.table import Table
 
 from evaluation.checks import Check
 from evaluation.compare import COMPUTES, Comparison, best_others
-from evaluation.curves import Curve, Curves, Quantity, Scored, cache_along, scores_along
+from evaluation.curves import Curve, Curves, Quantity, Scored, cache_along, compute_at_f1, f1_along, scores_along
 from evaluation.evaluator import Evaluator
 from evaluation.intervals import Interval
 from evaluation.points import Point
@@ -61,7 +61,11 @@ def build_evaluation(
             "parameters": parameters,
             "sites": [site.name for site in held_out.sites],
         },
-        "native": {"accuracy": held_out.native.accuracy, "log_likelihood": held_out.native.log_likelihood},
+        "native": {
+            "accuracy": held_out.native.accuracy,
+            "log_likelihood": held_out.native.log_likelihood,
+            **({} if held_out.native.f1 is None else {"f1": held_out.native.f1}),
+        },
         "points": [point.to_json() for point in (native, *evaluation.scored)],
         "summary": evaluation.summary,
         "comparisons": [comparison.to_json() for comparison in evaluation.comparisons],
@@ -115,6 +119,8 @@ def report_parts(evaluation: Evaluation) -> Iterator[Table | str]:
     yield summary_table(curves, evaluation.summary)
     if evaluation.held_out.native.cache is not None:
         yield cache_table(curves)
+    if evaluation.held_out.native.f1 is not None:
+        yield f1_table(curves, evaluation.held_out.native.f1)
     if comparisons:
         yield rivals_table(comparisons, "log_likelihood")
         yield rivals_table(comparisons, "accuracy")
@@ -199,6 +205,29 @@ def cache_table(curves: Curves, *, computes: Sequence[float] = COMPUTES) -> Tabl
         cells = ["-" if math.isnan(share) else f"{100 * share:.1f}" for share in shares]
         table.add_row(_marked(name, seeds), *cells, style=_style(name))
     table.caption = "-: this router costs more." + _note(curves)
+    return table
+
+
+def f1_table(curves: Curves, native: float, *, computes: Sequence[float] = COMPUTES) -> Table:
+    """One row for each router: F1 of entities at equal compute, in %.
+
+    Args:
+        curves: Of all routers.
+        native: F1 of native routing, a fraction.
+        computes: Fractions of native compute, one column each.
+    """
+    table = _table(f"F1 of entities, %; native routing {100 * native:.1f}", "router")
+    for compute in computes:
+        table.add_column(f"at {compute:.2f}", justify="right")
+    table.add_column("99% at", justify="right")
+    for name, seeds in curves.items():
+        scores = f1_along(seeds, computes)
+        cells = ["-" if math.isnan(score) else f"{100 * score:.1f}" for score in scores]
+        reached = [compute_at_f1(curve, 0.99 * native) for curve in seeds]
+        kept = [compute for compute in reached if compute is not None]
+        cells.append(f"{sum(kept) / len(kept):.3f}" if len(kept) == len(seeds) else "-")
+        table.add_row(_marked(name, seeds), *cells, style=_style(name))
+    table.caption = "99% at: least compute that keeps 99% of native F1.  -: this router costs more." + _note(curves)
     return table
 
 

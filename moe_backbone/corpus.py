@@ -60,28 +60,27 @@ class Split:
         Returns:
             Tokens, next tokens and document ids, each (num_windows, seq_len), int64.
         """
-        available = self.num_windows(seq_len)
-        count = max(1, min(available, max_tokens // seq_len))
-        starts = np.linspace(0, available - 1, count).round().astype(np.int64) * seq_len
-        return *self.at(starts, seq_len), self.document_ids[_rows(starts, seq_len)]
+        starts = self.starts(seq_len)
+        count = max(1, min(len(starts), max_tokens // seq_len))
+        starts = starts[np.linspace(0, len(starts) - 1, count).round().astype(np.int64)]
+        return *self.at(starts, seq_len), self.document_ids[self.rows(starts, seq_len)]
 
     def sample(self, count: int, seq_len: int, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Windows at random places: tokens and next tokens, each (count, seq_len), int64."""
         return self.at(generator.integers(0, len(self.tokens) - seq_len, size=count), seq_len)
 
-    def num_windows(self, seq_len: int) -> int:
-        """Windows of `seq_len` tokens, each with its next tokens, that fit side by side."""
-        return (len(self.tokens) - 1) // seq_len
+    def starts(self, seq_len: int) -> np.ndarray:
+        """Where the windows of `seq_len` tokens, each with its next tokens, begin that fit side by side, int64."""
+        return np.arange((len(self.tokens) - 1) // seq_len) * seq_len
 
     def at(self, starts: np.ndarray, seq_len: int) -> tuple[Tensor, Tensor]:
         """Windows that begin at `starts`, int64 (count,): tokens and next tokens, each (count, seq_len), int64."""
-        rows = _rows(starts, seq_len)
+        rows = self.rows(starts, seq_len)
         return self.tokens[rows].long(), self.tokens[rows + 1].long()
 
-
-def _rows(starts: np.ndarray, seq_len: int) -> Tensor:
-    """Places of every token of the windows that begin at `starts` (count, seq_len), int64."""
-    return torch.from_numpy(starts).unsqueeze(1) + torch.arange(seq_len)
+    def rows(self, starts: np.ndarray, seq_len: int) -> Tensor:
+        """Places of every token of the windows that begin at `starts` (count, seq_len), int64."""
+        return torch.from_numpy(starts).unsqueeze(1) + torch.arange(seq_len)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from moe_backbone.checks import require, require_at_least
 from moe_backbone.config import BackboneConfig
 from moe_backbone.corpus import Corpus, Split
 from moe_backbone.files import read_whole, write_atomic
-from moe_backbone.precision import Precision, autocast, loss_scaler, require_precision
-from moe_backbone.quality import token_log_likelihood
-from moe_backbone.random_routing import RandomRouting, RandomUnits, disagreement
+from moe_backbone.precision import autocast, loss_scaler
+from moe_backbone.pretrain_config import PretrainConfig, shaping
+from moe_backbone.quality import mean_scored, token_log_likelihood
+from moe_backbone.random_routing import RandomRouting, disagreement
 from moe_backbone.sites import NativeRouter, Router, SiteView
 from moe_backbone.transformer import MoETransformer, balance_loss
 
@@ -33,68 +33,6 @@ logger = logging.getLogger(__name__)
 RouterMaker = Callable[[torch.Generator], Router]
 RECIPE_VERSION = 2
 """Raised when this file trains other weights from the same settings."""
-LATER_SETTINGS = ("random_schedule", "random_units", "consistency", "precision")
-"""Settings that came after the first backbones were kept; see `shaping`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """How the backbone is trained on first use.
-
-    Raises:
-        ValueError: If a value is impossible; the message gives name, rule and actual value.
-    """
-
-    steps: int = 1500
-    """Most optimiser steps; early stopping may end before."""
-    sequences: int = 16
-    """Sequences of a step."""
-    learning_rate: float = 3e-3
-    """Peak of the AdamW learning rate; warmed up, then a cosine to 0."""
-    weight_decay: float = 0.1
-    """AdamW weight decay."""
-    balance_weight: float = 0.01
-    """Weight of the load-balance loss of the native gate."""
-    random_routing: float = 0.0
-    """Share of sequences trained under random subsets, see `random_units`; 0 to 1."""
-    random_from: float = 0.0
-    """Share of training that passes before random routing starts; 0 for all of training, 0.7 for the last 30 %."""
-    random_schedule: Literal["constant", "linear"] = "constant"
-    """From there on: the share at once, or growing linearly from 0 to it at the end."""
-    random_units: tuple[RandomUnits, ...] = ("heads", "depth")
-    """What is drawn: `heads` (each token its own, at a rate drawn for the sequence) or `sequence_heads` (one choice a
-    sequence); `depth` (how many experts, best first), `experts` (which ones), or both."""
-    consistency: float = 0.0
-    """Weight of the disagreement between two routes of the same tokens (arXiv:2110.04260), nats; above 0 a step under
-    random routing has half as many different sequences, each of them twice."""
-    eval_every: int = 100
-    """Steps between looks at the validation documents."""
-    patience: int = 4
-    """Looks without improvement before training stops early."""
-    seed: int = 0
-    """Seed of weights, batches and random routing."""
-    precision: Precision = "fp32"
-    """Of the forward pass and its gradients; weights and optimiser are float32 under each, and so is validation. It
-    pays where the machine multiplies in 16 bits: GPUs, and CPUs with AMX or AVX512-BF16."""
-
-    def __post_init__(self) -> None:
-        require_at_least(self, 1, "steps", "sequences", "eval_every", "patience")
-        for name in ("random_routing", "random_from"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        require_at_least(self, 0, "consistency")
-        require(bool(self.random_units), "random_units must name what is drawn, got none")
-        for unit in self.random_units:
-            known = ", ".join(get_args(RandomUnits))
-            require(unit in get_args(RandomUnits), f"random_units must be some of {known}, got {unit!r}")
-        both = {"heads", "sequence_heads"} <= set(self.random_units)
-        require(not both, "random_units must name one of heads and sequence_heads, got both")
-        schedules = ("constant", "linear")
-        rule = f"random_schedule must be one of {', '.join(schedules)}"
-        require(self.random_schedule in schedules, f"{rule}, got {self.random_schedule!r}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        require_precision(self.precision)
 
 
 class _Recorder:
@@ -127,13 +65,6 @@ def backbone_key(corpus: Corpus, config: BackboneConfig, pretrain: PretrainConfi
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def shaping(pretrain: PretrainConfig) -> dict[str, Any]:
-    """Settings that shape the weights; a later one only where it is not at its default, so that kept ones are found."""
-    defaults = {field.name: field.default for field in fields(pretrain)}
-    values = asdict(pretrain)
-    return {name: value for name, value in values.items() if name not in LATER_SETTINGS or value != defaults[name]}
-
-
 def load_or_train(
     corpus: Corpus, config: BackboneConfig, pretrain: PretrainConfig, *, device: str = "cpu"
 ) -> MoETransformer:
@@ -146,12 +77,10 @@ def load_or_train(
     """
     path = cache_folder() / f"backbone-{backbone_key(corpus, config, pretrain)}.safetensors"
     logger.info("backbone: %s%s", "" if path.exists() else "training once, then kept at ", path)
-    return _train_once(path, config, lambda partial: Pretraining(corpus, config, pretrain, device, partial), device)
+    return train_once(path, config, lambda partial: Pretraining(corpus, config, pretrain, device, partial), device)
 
 
-def _train_once(
-    path: Path, config: BackboneConfig, begin: Callable[[Path], Pretraining], device: str
-) -> MoETransformer:
+def train_once(path: Path, config: BackboneConfig, begin: Callable[[Path], Pretraining], device: str) -> MoETransformer:
     """The backbone kept at `path`, frozen on `device`; trained first if it is not there, from where it was stopped."""
     backbone = MoETransformer(config)
     if path.exists():
@@ -263,7 +192,7 @@ class Pretraining:
 
     def _text_loss(self, logits: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
         """What predictions (num_sequences, seq_len, vocab_size), float32, are held against: the text."""
-        loss = -token_log_likelihood(logits, targets).mean()
+        loss = -mean_scored(token_log_likelihood(logits, targets), targets)
         return loss + self.pretrain.consistency * disagreement(logits) if self._twice else loss
 
     @property
@@ -372,7 +301,7 @@ def fine_tune(
     Returns:
         The backbone in evaluation mode, frozen, on `device`, under the head meaning of `start`.
     """
-    backbone = _train_once(
+    backbone = train_once(
         path, start.config, lambda partial: FineTuning(corpus, start, settings, make_router, device, partial), device
     )
     backbone.head_meaning = start.head_meaning
@@ -403,4 +332,4 @@ def routed_loss(backbone: MoETransformer, router: Router, split: Split, *, max_t
     for start in range(0, len(tokens), 32):
         logits, _ = backbone.run(tokens[start : start + 32].to(device), router)
         losses.append(-token_log_likelihood(logits, targets[start : start + 32].to(device)))
-    return torch.cat(losses).mean().item()
+    return mean_scored(torch.cat(losses), targets.to(device)).item()

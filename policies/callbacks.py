@@ -11,7 +11,7 @@ from stable_baselines3.common.logger import Figure, HParam
 from torch import Tensor
 from tqdm import tqdm
 
-from moe_backbone.quality import token_correct, token_log_likelihood
+from moe_backbone.quality import mean_scored, token_correct, token_log_likelihood
 from moe_backbone.sites import RoutingSite
 from policies.gating import GateTrainer
 
@@ -55,11 +55,11 @@ def episode_metrics(mdp: Any) -> dict[str, float]:
     batch, sites, logits = mdp.batch, mdp.backbone.sites, mdp.logits
     positions, price = mdp.state.positions, mdp.price
     compute = sum(mdp.meter.compute(index, subset, positions) for index, subset in enumerate(mdp.subsets))
-    routed = token_log_likelihood(logits, batch.targets).mean()
-    native_logits = batch.native_logits
-    native = token_log_likelihood(native_logits, batch.targets).mean()
-    correct = token_correct(logits, batch.targets).mean()
-    native_correct = token_correct(native_logits, batch.targets).mean()
+    native_logits, targets = batch.native_logits, batch.targets
+    routed = mean_scored(token_log_likelihood(logits, targets), targets)
+    native = mean_scored(token_log_likelihood(native_logits, targets), targets)
+    correct = mean_scored(token_correct(logits, targets), targets)
+    native_correct = mean_scored(token_correct(native_logits, targets), targets)
     cost, extra = compute, {}
     if mdp.drops_keys:
         kept = sum(mdp.meter.cache_bytes(*place) for place in enumerate(mdp.subsets)) / mdp.meter.native_cache_bytes

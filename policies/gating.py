@@ -15,7 +15,7 @@ from tqdm import tqdm
 from moe_backbone.checks import require, require_at_least
 from moe_backbone.compute import ComputeMeter, load_excess
 from moe_backbone.files import read_whole, write_atomic
-from moe_backbone.quality import token_divergence, token_log_likelihood
+from moe_backbone.quality import credited, token_divergence, token_log_likelihood, tokens_per_scored
 from moe_backbone.sites import SiteView
 from policies.linear_router import LinearRouter
 
@@ -74,7 +74,7 @@ class Batch(Protocol):
 
     @property
     def targets(self) -> Tensor:
-        """Next tokens, same shape."""
+        """Next tokens, same shape; `UNSCORED` where nothing is to be predicted."""
 
     @property
     def price(self) -> Tensor:
@@ -105,6 +105,7 @@ class GateTrainer:
         draw: Returns the next `Batch`.
         config: How.
         quality: `kl` or `log_likelihood`, as in the environment.
+        credit: `token` or `sequence`, as in the environment; they differ where some tokens are not scored.
         balance_price: As in the environment, nats; loads are expected ones, taken as given.
         cache_price: As in the environment, a fraction of native compute.
         seed: Of the sampled units.
@@ -125,6 +126,7 @@ class GateTrainer:
         config: GatingConfig,
         *,
         quality: str = "kl",
+        credit: str = "token",
         balance_price: float = 0.0,
         cache_price: float = 0.0,
         seed: int = 0,
@@ -136,7 +138,7 @@ class GateTrainer:
         require(quality in ("kl", "log_likelihood"), f"quality must be kl or log_likelihood for gates, got {quality}")
         self.router, self.backbone, self.draw, self.config, self.quality = router, backbone, draw, config, quality
         self.checkpoint, self.report, self.generators, self.step = checkpoint, report, generators, 0
-        self.balance_price, self.cache_price = balance_price, cache_price
+        self.credit, self.balance_price, self.cache_price = credit, balance_price, cache_price
         self.total = config.steps + later_steps
         self.meter = ComputeMeter(backbone.sites, backbone.config.seq_len)
         self.noise = torch.Generator().manual_seed(seed)
@@ -195,9 +197,13 @@ class GateTrainer:
         with self.backbone.compensated(self.router.compensation):
             logits, spent = self._episode(batch.tokens, price)
         if self.quality == "kl":
-            lost = token_divergence(batch.native, logits)
+            lost = token_divergence(batch.native, logits, batch.targets)
         else:
             lost = -token_log_likelihood(logits, batch.targets)
+        if self.credit == "token":
+            lost = credited(lost, batch.targets, "token")
+        else:  # as a mean, what `credited` shares out
+            lost = lost * tokens_per_scored(batch.targets)
         weight = price**-self.config.price_balance
         paid = lost.flatten() + price * spent.compute
         if self.cache_price:

@@ -155,7 +155,7 @@ def fit_unit_keys(backbone: Backbone, tokens: Tensor, targets: Tensor, *, heads:
             keys[index] = UnitKeys.fit(view.features, view.scores.exp() * NativeRouter().select(view))
         elif heads:
             without = [cache.logits(router, index) for router in one_off_routers(site, index)]
-            losses = [token_divergence(native, logits).flatten() for logits in without]
+            losses = [token_divergence(native, logits, targets).flatten() for logits in without]
             keys[index] = UnitKeys.fit(view.features, torch.stack(losses, dim=1).clamp_min(0))
     return keys
 

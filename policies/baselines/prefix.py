@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_backbone.compute import ComputeMeter
-from moe_backbone.quality import token_log_likelihood
+from moe_backbone.quality import mean_scored, token_log_likelihood
 from moe_backbone.sites import Backbone, Router, SiteView
 
 
@@ -59,7 +59,8 @@ class PrefixCache:
 
     def _walk(self, router: Router, first: int, states: list[Any], computes: list[float]) -> Outcome:
         logits = self._run(router, first, states, computes)
-        return Outcome(loss=-token_log_likelihood(logits, self.targets).mean().item(), compute=sum(computes))
+        loss = -mean_scored(token_log_likelihood(logits, self.targets), self.targets)
+        return Outcome(loss=loss.item(), compute=sum(computes))
 
     @torch.no_grad()
     def _run(self, router: Router, first: int, states: list[Any], computes: list[float]) -> Tensor:

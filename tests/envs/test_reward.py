@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from envs import EnvConfig, RoutingMDP, Step, TokenBatch, TokenSource
-from envs.reward import quality, shared, step_reward
+from envs.reward import quality, step_reward
 from moe_backbone import MoETransformer, best_units
+from moe_backbone.quality import credited
 
 SEED = 7
 NUM_SEQUENCES, SEQ_LEN = 3, 8
@@ -83,9 +84,9 @@ def test_divergence_is_taken_from_native() -> None:
 
 def test_credit_of_a_sequence_is_its_mean() -> None:
     """Each lane gets its own value, or all lanes of one sequence the mean."""
-    values = torch.tensor([[0.0, 4.0], [1.0, 3.0]])
-    assert shared(values, "token").tolist() == [[0.0, 4.0], [1.0, 3.0]]
-    assert shared(values, "sequence").tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    values, targets = torch.tensor([[0.0, 4.0], [1.0, 3.0]]), torch.ones(2, 2).long()
+    assert credited(values, targets, "token").tolist() == [[0.0, 4.0], [1.0, 3.0]]
+    assert credited(values, targets, "sequence").tolist() == [[2.0, 2.0], [2.0, 2.0]]
 
 
 def test_step_reward_by_hand() -> None:

@@ -13,7 +13,8 @@ from moe_backbone import BackboneConfig, MoETransformer, NativeRouter
 from moe_backbone.corpus import Corpus
 from moe_backbone.kernels import BACKENDS
 from moe_backbone.precision import DTYPES, autocast, loss_scaler
-from moe_backbone.pretrain import LATER_SETTINGS, PretrainConfig, Pretraining, backbone_key, native_loss, shaping
+from moe_backbone.pretrain import Pretraining, backbone_key, native_loss
+from moe_backbone.pretrain_config import LATER_SETTINGS, PretrainConfig, shaping
 
 SETTINGS = PretrainConfig(steps=24, sequences=4, eval_every=8, learning_rate=1e-2)
 LOWER = sorted(DTYPES)

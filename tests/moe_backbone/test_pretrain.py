@@ -23,6 +23,7 @@ from moe_backbone.pretrain import (
     load_or_train,
     native_loss,
 )
+from moe_backbone.pretrain_config import shaping
 from moe_backbone.random_routing import RandomRouting
 
 SETTINGS = PretrainConfig(steps=20, sequences=4, eval_every=5, random_routing=0.5, random_from=0.25)
@@ -313,10 +314,8 @@ def test_settings_that_came_later_leave_old_backbones_found(tiny_corpus: Corpus,
     """At their defaults they are no part of the key; elsewhere they are."""
     keys = {backbone_key(tiny_corpus, tiny_config, replace(SETTINGS, consistency=weight)) for weight in (0.0, 1.0)}
     assert len(keys) == 2
-    assert "consistency" not in pretrain_module.shaping(SETTINGS)
-    assert set(pretrain_module.shaping(replace(SETTINGS, consistency=1.0))) - set(
-        pretrain_module.shaping(SETTINGS)
-    ) == {"consistency"}
+    assert "consistency" not in shaping(SETTINGS)
+    assert set(shaping(replace(SETTINGS, consistency=1.0))) - set(shaping(SETTINGS)) == {"consistency"}
 
 
 @pytest.mark.parametrize(
