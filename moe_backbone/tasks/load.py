@@ -106,7 +106,7 @@ def _files(path: Path) -> dict[str, Path]:
     if not path.is_dir():
         return {"train": path}
     found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-    files = {}
+    files: dict[str, Path] = {}
     for part, begin in PARTS.items():
         named = [file for file in found if re.match(begin, file.name.lower())]
         require(len(named) <= 1, f"task folder must hold one file to {part}, got {', '.join(map(str, named))}")
