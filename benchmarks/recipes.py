@@ -26,9 +26,10 @@ from rich.table import Table
 from evaluate_rl import LearnedPoint
 from evaluation import Evaluator, Scored, average_quality, compute_at_accuracy, frontier, loss_at, score_all
 from evaluation.curves import Curve
-from moe_backbone import MoETransformer
+from moe_backbone import BackboneConfig, MoETransformer
 from moe_backbone.corpus import Corpus, load_corpus
 from moe_backbone.files import write_text_atomic
+from moe_backbone.pretrain import PretrainConfig
 from policies.portable import WEIGHTS, load_router
 from training_config import TrainConfig
 from training_run import Run, adapt, load_backbone, tuned_natively
@@ -82,8 +83,8 @@ GROUPS: dict[str, dict[str, Change]] = {
         "late, heads of a sequence": _pretrain(random_routing=0.5, random_from=LATE, random_units=("sequence_heads",)),
         "late, depth only": _pretrain(random_routing=0.5, random_from=LATE, random_units=("depth",)),
         "late, random experts": _pretrain(random_routing=0.5, random_from=LATE, random_units=("experts",)),
-        "longer, native": _adapt(300),
-        "longer, under the learned router": _adapt(300),
+        "longer, native": _adapt(600),
+        "longer, under the learned router": _adapt(600),
     },
 }
 CONTROL = "longer, native"
@@ -114,10 +115,15 @@ class RecipesConfig:
     """Prices that each router is scored at."""
     computes: tuple[float, ...] = (0.7, 0.6, 0.5, 0.4)
     """Fractions of native compute that the table shows."""
+    corpus: tuple[Path, ...] = ()
+    """Files and folders of text; none for the source of the Python standard library."""
+    backbone: BackboneConfig = BackboneConfig()
+    pretrain: PretrainConfig = PretrainConfig()
 
     def base(self) -> TrainConfig:
         """What every row changes."""
-        config = TrainConfig(total_timesteps=self.total_timesteps, eval_times=0)
+        sizes = {"corpus": self.corpus, "backbone": self.backbone, "pretrain": self.pretrain}
+        config = TrainConfig(total_timesteps=self.total_timesteps, eval_times=0, **sizes)  # type: ignore[arg-type]
         return replace(config, warm_start=replace(config.warm_start, steps=self.gate_steps))
 
 
@@ -229,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.cli(RecipesConfig, description=__doc__, args=arguments)
     wanted = [name for name in GROUPS[config.group] if not config.only or name.startswith(config.only)]
-    corpus = load_corpus()
+    corpus = load_corpus(config.corpus, seq_len=config.backbone.seq_len)
     rows: dict[str, Row] = {}
     for name in [REFERENCE, *(name for name in wanted if name != REFERENCE)]:
         rows[name] = measure(config, name, corpus)
