@@ -1,8 +1,10 @@
 """Train a backbone on text, or train one on: on a mixture of what it knows and of a new domain.
 
-python train_backbone.py --output base                                       # from scratch, on Python's own library
+python train_backbone.py --output base    # from scratch, on Python's own library
+
 python train_backbone.py --start base --mix general=:0.7 domain=books:0.3 --method lora --output tuned
-python train_rl.py --backbone-dir tuned --corpus books                       # learn a router for it
+
+python train_rl.py --backbone-dir tuned --corpus books    # learn a router for it
 
 A stopped training goes on when the same command is given again.
 """

@@ -44,16 +44,17 @@ class MixingConfig:
     """Folder of finished rows and of the table, `mixing.md`."""
     general: str = ""
     """Path of what the backbone was trained on; nothing for the source of the Python standard library."""
-    replays: tuple[float, ...] = (0.5, 0.25)
-    """Shares of general text when all weights learn; the first with every seed, and for the methods."""
+    replays: tuple[tuple[float, float], ...] = ((0.5, 0.5), (0.25, 0.25))
+    """Shares of general text at the first step and at the last when all weights learn; the first pair with every seed,
+    and for the methods."""
     methods: tuple[Method, ...] = ("lora", "top_layers", "ia3", "norms")
     """Beside all weights."""
     seeds: tuple[int, ...] = (0, 1)
     """Of the text drawn; the first alone for all but the domain alone and the first replay."""
     max_tokens: int = 32_768
     """Test tokens of each text."""
-    tuning: TuningConfig = TuningConfig(steps=150)
-    backbone: BackboneConfig = BackboneConfig()
+    tuning: TuningConfig = TuningConfig(steps=600, eval_every=100)
+    backbone: BackboneConfig = BackboneConfig(hidden_size=64, num_layers=3, num_heads=4, top_k=2, intermediate_size=64)
     pretrain: PretrainConfig = PretrainConfig()
 
 
@@ -62,14 +63,21 @@ class Variant:
     """One row for each domain."""
 
     method: Method = "full"
-    replay: float = 0.0
-    """Share of the samples that are general text."""
+    replay: tuple[float, float] = (0.0, 0.0)
+    """Share of the samples that are general text, at the first step and at the last."""
     seed: int = 0
 
     @property
     def name(self) -> str:
         """Of its file."""
-        return f"{self.method}-replay{self.replay:g}-seed{self.seed}"
+        first, last = self.replay
+        return f"{self.method}-replay{first:g}" + (f"-{last:g}" if last != first else "") + f"-seed{self.seed}"
+
+    @property
+    def share(self) -> str:
+        """Of general text, as the table shows it."""
+        first, last = self.replay
+        return f"{first:.0%}" + (f" to {last:.0%}" if last != first else "")
 
 
 def variants(config: MixingConfig) -> Iterator[Variant]:
@@ -84,8 +92,8 @@ def variants(config: MixingConfig) -> Iterator[Variant]:
 
 def train_row(config: MixingConfig, start: MoETransformer, mixture: Mixture, folder: Path, variant: Variant) -> Outcome:
     """The outcome of one variant on one domain: from its file, or trained, and kept there."""
-    shares = (variant.replay, 1 - variant.replay)
-    mixture = replace(mixture, first=shares, last=shares)
+    first, last = variant.replay
+    mixture = replace(mixture, first=(first, 1 - first), last=(last, 1 - last))
     tuning = replace(config.tuning, method=variant.method, seed=variant.seed)
     key, path = continual_key(mixture, start.sha256(), tuning), folder / f"{variant.name}.json"
     if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["key"] == [key, config.max_tokens]:
@@ -117,8 +125,8 @@ def table(domain: str, rows: dict[Variant, Outcome]) -> str:
         holds = "yes" if change <= LARGEST_RISE and share >= LEAST_FALL else "no"
         trained = f"{outcome.trained_parameters:,} ({outcome.trained_parameters / outcome.parameters:.2%})"
         lines.append(
-            f"| {variant.method} | {variant.replay:.0%} | {variant.seed} | {trained} | {outcome.after[GENERAL]:.4f} | "
-            f"{change:+.1%} | {outcome.after[domain]:.4f} | {share:.1%} | {holds if variant.replay else ''} |"
+            f"| {variant.method} | {variant.share} | {variant.seed} | {trained} | {outcome.after[GENERAL]:.4f} | "
+            f"{change:+.1%} | {outcome.after[domain]:.4f} | {share:.1%} | {holds if any(variant.replay) else ''} |"
         )
     return "\n".join(lines) + "\n"
 

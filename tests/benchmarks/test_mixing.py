@@ -30,7 +30,7 @@ def config(text_folder: Path, tmp_path: Path) -> MixingConfig:
         domains=tuple(domains),
         output=tmp_path / "mixing",
         general=str(text_folder),
-        replays=(0.5, 0.25),
+        replays=((0.5, 0.5), (0.1, 0.7)),
         methods=("lora", "norms"),
         max_tokens=128,
         tuning=TuningConfig(steps=4, eval_every=2, sequences=2),
@@ -51,7 +51,7 @@ def test_rows_follow_from_the_losses_and_are_trained_once(
         folder = config.output / domain
         kept = [
             json.loads((folder / f"{Variant(replay=replay).name}.json").read_text(encoding="utf-8"))["outcome"]
-            for replay in (0.5, 0.0)
+            for replay in ((0.5, 0.5), (0.0, 0.0))
         ]
         change = kept[0]["after"]["general"] / kept[0]["before"]["general"] - 1
         falls = [one["before"][domain] - one["after"][domain] for one in kept]
@@ -63,6 +63,8 @@ def test_rows_follow_from_the_losses_and_are_trained_once(
         ]
         assert cells[8] == ("yes |" if change <= 0.02 and falls[0] >= 0.9 * falls[1] else "no |")
         assert len(list(folder.iterdir())) == len(list(variants(config))) == 7
+
+    assert sum(line.startswith("| full | 10% to 70% | 0 |") for line in text.splitlines()) == 2
 
     def run(self: Continual) -> None:
         raise AssertionError("every row is there")
