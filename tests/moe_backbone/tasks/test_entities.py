@@ -11,8 +11,8 @@ from moe_backbone.tasks import entity_f1, to_iob2
 
 def test_iob1_becomes_iob2() -> None:
     """Neighbours of one kind are one entity unless `B-` parts them."""
-    tags = "I-PER I-PER O I-LOC B-LOC I-ORG".split()
-    assert to_iob2(tags) == "B-PER I-PER O B-LOC B-LOC B-ORG".split()
+    tags = ["I-PER", "I-PER", "O", "I-LOC", "B-LOC", "I-ORG"]
+    assert to_iob2(tags) == ["B-PER", "I-PER", "O", "B-LOC", "B-LOC", "B-ORG"]
 
 
 @given(st.lists(st.sampled_from(["O", "B-A", "I-A", "B-B", "I-B"])))
