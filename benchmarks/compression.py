@@ -9,6 +9,7 @@ folder: stopped, the command goes on after them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sys
@@ -48,7 +49,7 @@ from policies.baselines import ExpertPruning, TopK, UnitPruning, prune_share
 from policies.baselines.calibration import Calibration
 from policies.compensated import CompensatedRouter
 from policies.linear_router import LinearRouter
-from policies.portable import load_router
+from policies.portable import WEIGHTS, load_router
 from policies.threshold_table import ThresholdTable, fit_table, load_table
 from train_rl import load_run
 
@@ -104,9 +105,9 @@ class Subject:
         self.scorer = Scorer(self.backbone, self.corpus, config.selection_tokens, config.max_tokens)
         for name in ("int8", "int4"):
             self.scorer.add(name, quantize(self.backbone, BITS[name]).dequantized(), BITS[name])  # type: ignore[arg-type]
-        weights = sum(float(weight.double().abs().sum()) for weight in self.learned.parameters())
-        texts = {"selection_tokens": config.selection_tokens, "max_tokens": config.max_tokens}
-        about = {"backbone": self.backbone.sha256(), "corpus": self.corpus.sha256, "router": weights, **texts}
+        texts = {name: getattr(config, name) for name in ("fit_tokens", "selection_tokens", "max_tokens")}
+        router = hashlib.sha256((config.run / WEIGHTS).read_bytes()).hexdigest()
+        about = {"backbone": self.backbone.sha256(), "corpus": self.corpus.sha256, "router": router, **texts}
         self.rows = RowFile(self.folder / "rows.json", about)
 
     @property

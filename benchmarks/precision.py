@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,6 +25,7 @@ from moe_backbone.corpus import Corpus, load_corpus
 from moe_backbone.files import write_text_atomic
 from moe_backbone.precision import Precision
 from moe_backbone.pretrain import PretrainConfig, Pretraining, native_loss
+from moe_backbone.saved import load_saved, save_backbone
 from training_config import PPOConfig, TrainConfig
 from training_run import build_model
 
@@ -72,7 +73,7 @@ def routed(config: PrecisionConfig, corpus: Corpus, backbone: MoETransformer, pr
     settings = TrainConfig(
         seed=config.seed,
         backbone=backbone.config,
-        ppo=PPOConfig(num_sequences=4, learning_rate=3e-3, precision=precision),
+        ppo=PPOConfig(num_sequences=4, batch_size=1024, learning_rate=3e-3, precision=precision),
         compensation=False,
     )
     model = build_model(settings, backbone, corpus)
@@ -88,19 +89,19 @@ def routed(config: PrecisionConfig, corpus: Corpus, backbone: MoETransformer, pr
 
 
 def measure(config: PrecisionConfig, corpus: Corpus) -> dict[str, dict[str, Any]]:
-    """Rows by precision."""
+    """Rows by precision; float32 comes first, as PPO routes its model at each."""
     path = config.folder / "precision.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    about = {**asdict(replace(config, folder=Path())), "folder": "", "corpus": corpus.sha256}
+    about = {**asdict(config), "folder": None, "corpus": corpus.sha256}
     rows: dict[str, dict[str, Any]] = known.get("rows", {}) if known.get("about") == about else {}
-    backbone: MoETransformer | None = None
     for precision in get_args(Precision):
-        if precision in rows and backbone is None and len(rows) == len(get_args(Precision)):
-            continue
-        trained, row = pretrained(config, corpus, precision)
-        backbone = backbone or trained
         if precision not in rows:
-            rows[precision] = row | routed(config, corpus, backbone, precision)
+            trained, row = pretrained(config, corpus, precision)
+            if precision == "fp32":
+                save_backbone(trained, config.folder / "model")
+            rows[precision] = row | routed(
+                config, corpus, load_saved(config.folder / "model", config.device), precision
+            )
             write_text_atomic(path, json.dumps({"about": about, "versions": versions(), "rows": rows}, indent=1) + "\n")
     return rows
 

@@ -13,7 +13,7 @@ from moe_backbone.corpus import Corpus
 from moe_backbone.pretrain import FineTuning, PretrainConfig, native_loss
 from moe_backbone.quality import token_divergence
 from moe_backbone.saved import WEIGHTS, load_saved, save_backbone
-from moe_backbone.sites import NativeRouter, Router
+from moe_backbone.sites import NativeRouter
 from moe_backbone.transformer import MoETransformer
 
 
@@ -29,6 +29,8 @@ class DistillConfig:
     """Share of the loss that is KL(teacher || student); the rest is that of the text. 0 asks no teacher."""
     temperature: float = 1.0
     """Divides the logits of both; the KL is multiplied by its square (arXiv:1503.02531)."""
+    teacher_top_k: int | None = None
+    """Experts that the teacher runs for a token; None for its native number."""
 
     def __post_init__(self) -> None:
         require_fraction(self, "teacher_weight")
@@ -54,7 +56,6 @@ class Distillation(FineTuning):
         distill: What to learn from.
         device: Where to train; the teacher must be there.
         partial: File to go on from if it exists.
-        teacher_router: What routes the teacher; its native routing if None.
     """
 
     def __init__(
@@ -66,10 +67,10 @@ class Distillation(FineTuning):
         distill: DistillConfig,
         device: str,
         partial: Path,
-        teacher_router: Router | None = None,
     ) -> None:
         self.teacher, self.distill = teacher, distill
-        self.teacher_router = teacher_router or NativeRouter()
+        if distill.teacher_top_k is not None:
+            self.teacher = with_top_k(teacher, distill.teacher_top_k)
         super().__init__(corpus, student, settings, lambda generator: NativeRouter(), device, partial)
 
     def _text_loss(self, logits: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ class Distillation(FineTuning):
         if not share:
             return super()._text_loss(logits, tokens, targets)
         with torch.no_grad():
-            expected, _ = self.teacher.run(tokens, self.teacher_router)
+            expected, _ = self.teacher.run(tokens, NativeRouter())
         divergence = token_divergence(expected / temperature, logits / temperature).mean() * temperature**2
         if share == 1:
             return divergence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_loss_is_the_weighted_sum_of_both(
     tokens, targets, _ = tiny_corpus.train.windows(tiny_config.seq_len, 128)
     student = with_top_k(tiny_backbone, 1)
 
-    def loss(**settings: float) -> torch.Tensor:
+    def loss(**settings: Any) -> torch.Tensor:
         config = DistillConfig(**settings)
         training = Distillation(tiny_corpus, student, tiny_backbone, SETTINGS, config, "cpu", tmp_path / "none")
         if not config.teacher_weight:
@@ -71,6 +72,8 @@ def test_loss_is_the_weighted_sum_of_both(
     torch.testing.assert_close(loss(teacher_weight=0.0), text)
     torch.testing.assert_close(loss(temperature=2.0), softened)
     torch.testing.assert_close(loss(teacher_weight=0.25, temperature=2.0), 0.25 * softened + 0.75 * text)
+    everything, _ = with_top_k(tiny_backbone, tiny_config.num_experts).run(tokens, NativeRouter())
+    torch.testing.assert_close(loss(teacher_top_k=tiny_config.num_experts), token_divergence(everything, logits).mean())
 
 
 def test_interrupted_training_ends_like_one_that_was_not(
