@@ -34,8 +34,8 @@ logger = logging.getLogger("benchmarks.tasks")
 
 TASKS = {
     "banking77": ("banking77", TuningConfig(steps=1600, eval_every=200, learning_rate=1.5e-3)),
-    "wikigold": ("ner_wikigold/wikigold.conll.txt", TuningConfig(steps=600, learning_rate=1.5e-3)),
-    "sec-filings": ("ner_sec_filings", TuningConfig(steps=600, learning_rate=1.5e-3)),
+    "wikigold": ("ner_wikigold/wikigold.conll.txt", TuningConfig(steps=400, learning_rate=1.5e-3)),
+    "sec-filings": ("ner_sec_filings", TuningConfig(steps=400, learning_rate=1.5e-3)),
 }
 """Where each lies in the data folder, and how a backbone is trained on it."""
 ROUTER = TrainConfig(
@@ -44,7 +44,7 @@ ROUTER = TrainConfig(
     env=EnvConfig(rollouts_per_sequence=4, price_low=0.01, price_high=2.5),
     warm_start=GatingConfig(steps=200, num_sequences=2),
     ppo=PPOConfig(num_sequences=2),
-    evaluation=EvaluationConfig(max_tokens=53_248, selection_tokens=8_192, num_prices=8, routers=("top-k",)),
+    evaluation=EvaluationConfig(max_tokens=53_248, selection_tokens=16_384, num_prices=6, routers=("top-k",)),
 )
 """Short: most is learned in the warm start. Each byte is paid for the answer that follows it, `credit="token"`."""
 COMPUTES = (0.6, 0.5)

@@ -81,16 +81,11 @@ def load_task(path: Path, *, seq_len: int = 256, lookahead: int | None = None) -
     shuffled = {part: _shuffled(parts[part]) for part in PARTS}
     splits = {}
     for part, examples in shuffled.items():
-        where = {"seq_len": seq_len, "lookahead": lookahead}
-        splits[part], cut = encode(part, examples, labels, tagging=tagging, **where)
+        splits[part], cut = encode(part, examples, labels, seq_len=seq_len, lookahead=lookahead, tagging=tagging)
         if cut:
             what = "sentences cut into several" if tagging else "texts without their beginning"
-            logger.info(
-                "task %s: %d of %d %s to fit %d bytes, %s", path.name, cut, len(examples), what, seq_len, part
-            )
-    known = {example.words for example in shuffled["train"]}
-    if again := sum(example.words in known for example in shuffled["test"]):
-        logger.info("task %s: %d test examples also occur in training; they are kept", path.name, again)
+            logger.info("task %s: %d of %d %s to fit %d bytes, %s", path.name, cut, len(examples), what, seq_len, part)
+    _tell_known(path.name, shuffled)
     content = json.dumps([seq_len, lookahead, {part: [astuple(one) for one in shuffled[part]] for part in PARTS}])
     return TaskCorpus(
         name=path.resolve().name,
@@ -101,6 +96,13 @@ def load_task(path: Path, *, seq_len: int = 256, lookahead: int | None = None) -
         tagging=tagging,
         lookahead=lookahead,
     )
+
+
+def _tell_known(name: str, parts: Mapping[str, Sequence[Example]]) -> None:
+    """Say how many test examples occur in training, to the letter."""
+    known = {example.words for example in parts["train"]}
+    if again := sum(example.words in known for example in parts["test"]):
+        logger.info("task %s: %d test examples also occur in training; they are kept", name, again)
 
 
 def _files(path: Path) -> dict[str, Path]:
