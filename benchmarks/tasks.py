@@ -39,15 +39,14 @@ TASKS = {
 }
 """Where each lies in the data folder, and how a backbone is trained on it."""
 ROUTER = TrainConfig(
-    total_timesteps=160_000,
+    total_timesteps=320_000,
     eval_times=0,
-    env=EnvConfig(rollouts_per_sequence=4, price_low=0.01, price_high=2.5),
-    warm_start=GatingConfig(steps=200, num_sequences=2),
+    env=EnvConfig(rollouts_per_sequence=4, price_low=0.002, price_high=1.0),
+    warm_start=GatingConfig(steps=400, num_sequences=3),
     ppo=PPOConfig(num_sequences=2),
-    evaluation=EvaluationConfig(max_tokens=53_248, selection_tokens=16_384, num_prices=6, routers=("top-k",)),
+    evaluation=EvaluationConfig(max_tokens=32_768, selection_tokens=16_384, num_prices=6, routers=("top-k",)),
 )
 """Short: most is learned in the warm start. Each byte is paid for the answer that follows it, `credit="token"`."""
-COMPUTES = (0.6, 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
