@@ -110,11 +110,12 @@ def _files(path: Path) -> dict[str, Path]:
     if not path.is_dir():
         return {"train": path}
     found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-    files = {}
+    files: dict[str, Path] = {}
     for part, begin in PARTS.items():
         named = [file for file in found if re.match(begin, file.name.lower())]
         require(len(named) <= 1, f"task folder must hold one file to {part}, got {', '.join(map(str, named))}")
-        files |= dict.fromkeys([part] if named else [], named[0] if named else path)
+        if named:
+            files[part] = named[0]
     rule = f"task folder must hold a file train*{', train*'.join(SUFFIXES)}"
     require("train" in files, f"{rule}, or be one file, got {path}")
     logger.info("task %s: %s", path.name, ", ".join(f"{part} {file.name}" for part, file in files.items()))
