@@ -81,14 +81,11 @@ def load_task(path: Path, *, seq_len: int = 256, lookahead: int | None = None) -
     shuffled = {part: _shuffled(parts[part]) for part in PARTS}
     splits = {}
     for part, examples in shuffled.items():
-        where = {"seq_len": seq_len, "lookahead": lookahead}
-        splits[part], cut = encode(part, examples, labels, tagging=tagging, **where)
+        splits[part], cut = encode(part, examples, labels, seq_len=seq_len, lookahead=lookahead, tagging=tagging)
         if cut:
             what = "sentences cut into several" if tagging else "texts without their beginning"
             logger.info("task %s: %d of %d %s to fit %d bytes, %s", path.name, cut, len(examples), what, seq_len, part)
-    known = {example.words for example in shuffled["train"]}
-    if again := sum(example.words in known for example in shuffled["test"]):
-        logger.info("task %s: %d test examples also occur in training; they are kept", path.name, again)
+    _tell_known(path.name, shuffled)
     content = json.dumps([seq_len, lookahead, {part: [astuple(one) for one in shuffled[part]] for part in PARTS}])
     return TaskCorpus(
         name=path.resolve().name,
@@ -101,6 +98,13 @@ def load_task(path: Path, *, seq_len: int = 256, lookahead: int | None = None) -
     )
 
 
+def _tell_known(name: str, parts: Mapping[str, Sequence[Example]]) -> None:
+    """Say how many test examples occur in training, to the letter."""
+    known = {example.words for example in parts["train"]}
+    if again := sum(example.words in known for example in parts["test"]):
+        logger.info("task %s: %d test examples also occur in training; they are kept", name, again)
+
+
 def _files(path: Path) -> dict[str, Path]:
     """File of each part; the only one there is stands for training."""
     if not path.is_dir():
@@ -110,7 +114,8 @@ def _files(path: Path) -> dict[str, Path]:
     for part, begin in PARTS.items():
         named = [file for file in found if re.match(begin, file.name.lower())]
         require(len(named) <= 1, f"task folder must hold one file to {part}, got {', '.join(map(str, named))}")
-        files |= dict.fromkeys([part] if named else [], named[0] if named else path)
+        if named:
+            files[part] = named[0]
     rule = f"task folder must hold a file train*{', train*'.join(SUFFIXES)}"
     require("train" in files, f"{rule}, or be one file, got {path}")
     logger.info("task %s: %s", path.name, ", ".join(f"{part} {file.name}" for part, file in files.items()))
