@@ -251,8 +251,12 @@ class Pretraining:
         """What the step lowers, nats a token."""
         router = _Recorder(self._router())
         logits, _ = self.backbone.run(tokens, router)
-        loss = -token_log_likelihood(logits, targets).mean()
+        loss = self._prediction_loss(logits, tokens, targets)
         return loss + self.pretrain.balance_weight * balance_loss(router.scores, router.subsets)
+
+    def _prediction_loss(self, logits: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The part of it that predicting text has."""
+        return -token_log_likelihood(logits, targets).mean()
 
     def _router(self) -> Router:
         """What routes the step."""
