@@ -55,7 +55,7 @@ class MixingConfig:
     """Of the text drawn; the first alone for all but the domain alone and the first replay."""
     max_tokens: int = 32_768
     """Test tokens of each text."""
-    tuning: TuningConfig = TuningConfig(steps=150, distill=2.0)
+    tuning: TuningConfig = TuningConfig(steps=150, distill=5.0)
     """Its `distill` is for the distilled rows."""
     backbone: BackboneConfig = BackboneConfig()
     pretrain: PretrainConfig = PretrainConfig()
