@@ -44,17 +44,20 @@ class MixingConfig:
     """Folder of finished rows and of the table, `mixing.md`."""
     general: str = ""
     """Path of what the backbone was trained on; nothing for the source of the Python standard library."""
-    replays: tuple[tuple[float, float], ...] = ((0.5, 0.5), (0.25, 0.25))
-    """Shares of general text at the first step and at the last when all weights learn; the first pair with every seed,
-    and for the methods."""
+    distilled: tuple[tuple[float, float], ...] = ((0.3, 0.3),)
+    """Shares of general text, at the first step and at the last, that is distilled from the start; the first pair with
+    every seed, and for the methods."""
+    replays: tuple[tuple[float, float], ...] = ((0.5, 0.5),)
+    """Shares of general text that is learned like any other."""
     methods: tuple[Method, ...] = ("lora", "top_layers", "ia3", "norms")
     """Beside all weights."""
     seeds: tuple[int, ...] = (0, 1)
     """Of the text drawn; the first alone for all but the domain alone and the first replay."""
     max_tokens: int = 32_768
     """Test tokens of each text."""
-    tuning: TuningConfig = TuningConfig(steps=600, eval_every=100)
-    backbone: BackboneConfig = BackboneConfig(hidden_size=64, num_layers=3, num_heads=4, top_k=2, intermediate_size=64)
+    tuning: TuningConfig = TuningConfig(steps=150, distill=5.0)
+    """Its `distill` is for the distilled rows."""
+    backbone: BackboneConfig = BackboneConfig()
     pretrain: PretrainConfig = PretrainConfig()
 
 
@@ -65,36 +68,41 @@ class Variant:
     method: Method = "full"
     replay: tuple[float, float] = (0.0, 0.0)
     """Share of the samples that are general text, at the first step and at the last."""
+    distilled: bool = False
+    """Whether that stays close to the start, or is learned like any other text."""
     seed: int = 0
 
     @property
     def name(self) -> str:
         """Of its file."""
         first, last = self.replay
-        return f"{self.method}-replay{first:g}" + (f"-{last:g}" if last != first else "") + f"-seed{self.seed}"
+        moving, how = f"-{last:g}" if last != first else "", "-distilled" if self.distilled else ""
+        return f"{self.method}-replay{first:g}{moving}{how}-seed{self.seed}"
 
     @property
     def share(self) -> str:
         """Of general text, as the table shows it."""
         first, last = self.replay
-        return f"{first:.0%}" + (f" to {last:.0%}" if last != first else "")
+        return f"{first:.0%}" + (f" to {last:.0%}" if last != first else "") + (" distilled" if self.distilled else "")
 
 
 def variants(config: MixingConfig) -> Iterator[Variant]:
     """All rows, what the claim hangs on first, and its other seeds last."""
-    first, share = config.seeds[0], config.replays[0]
-    yield from (Variant(seed=first), Variant(replay=share, seed=first))
-    yield from (Variant(method=method, replay=share, seed=first) for method in config.methods)
-    yield from (Variant(replay=other, seed=first) for other in config.replays[1:])
+    first, share = config.seeds[0], config.distilled[0]
+    yield from (Variant(seed=first), Variant(replay=share, distilled=True, seed=first))
+    yield from (Variant(replay=other, seed=first) for other in config.replays)
+    yield from (Variant(method=method, replay=share, distilled=True, seed=first) for method in config.methods)
+    yield from (Variant(replay=other, distilled=True, seed=first) for other in config.distilled[1:])
     for seed in config.seeds[1:]:
-        yield from (Variant(seed=seed), Variant(replay=share, seed=seed))
+        yield from (Variant(seed=seed), Variant(replay=share, distilled=True, seed=seed))
 
 
 def train_row(config: MixingConfig, start: MoETransformer, mixture: Mixture, folder: Path, variant: Variant) -> Outcome:
     """The outcome of one variant on one domain: from its file, or trained, and kept there."""
     first, last = variant.replay
     mixture = replace(mixture, first=(first, 1 - first), last=(last, 1 - last))
-    tuning = replace(config.tuning, method=variant.method, seed=variant.seed)
+    distill = config.tuning.distill if variant.distilled else 0.0
+    tuning = replace(config.tuning, method=variant.method, distill=distill, seed=variant.seed)
     key, path = continual_key(mixture, start.sha256(), tuning), folder / f"{variant.name}.json"
     if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["key"] == [key, config.max_tokens]:
         return Outcome(**kept["outcome"])
@@ -117,7 +125,7 @@ def table(domain: str, rows: dict[Variant, Outcome]) -> str:
     ]
     alone = {variant.seed: outcome for variant, outcome in rows.items() if variant == Variant(seed=variant.seed)}
     order = ("full", "lora", "top_layers", "ia3", "norms", "bitfit")
-    for variant in sorted(rows, key=lambda row: (order.index(row.method), row.replay, row.seed)):
+    for variant in sorted(rows, key=lambda row: (order.index(row.method), row.distilled, row.replay, row.seed)):
         outcome = rows[variant]
         change = outcome.after[GENERAL] / outcome.before[GENERAL] - 1
         falls = [(one.before[domain] - one.after[domain]) for one in (outcome, alone[variant.seed])]

@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_backbone.corpus import Split
 from moe_backbone.mixture import Mixture
 from moe_backbone.pretrain import RECIPE_VERSION, PretrainConfig, Pretraining, native_loss
+from moe_backbone.quality import token_divergence, token_log_likelihood
 from moe_backbone.tuning import TuningConfig, begin_tuning, frozen_sha256, merged, trained_parameters
 
 VALIDATION_TOKENS = 16_384
@@ -68,11 +69,16 @@ class Continual(Pretraining):
         return self.tuning.training
 
     def _begin(self, start: Any) -> Any:
+        self.start = self._kept(start) if self.tuning.distill else None
         self.before, self.parameters = self.test_losses(start), sum(weight.numel() for weight in start.parameters())
         model = self._adapt(start)
         self.frozen, self.trained_parameters = frozen_sha256(model), trained_parameters(model)
         self.frozen_parameters = sum(weight.numel() for weight in model.parameters()) - self.trained_parameters
         return model
+
+    def _kept(self, start: Any) -> Any:
+        """The start as it will be when training has begun."""
+        return start
 
     def _adapt(self, start: Any) -> Any:
         """What is trained: the start with what the method adds."""
@@ -106,7 +112,22 @@ class Continual(Pretraining):
 
     def _draw(self, count: int) -> tuple[Tensor, Tensor]:
         progress = self.step / max(1, self.pretrain.steps - 1)
-        return self.mixture.sample(count, self.seq_len, progress, self.batches)
+        tokens, targets, drawn = self.mixture.sample(count, self.seq_len, progress, self.batches)
+        self.replayed = drawn == 0
+        return tokens, targets
+
+    def _text_loss(self, logits: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
+        if self.start is None or not self.replayed.any():
+            return super()._text_loss(logits, tokens, targets)
+        replayed = self.replayed.to(tokens.device)
+        with torch.no_grad():
+            reference = self._logits(self.start, tokens[replayed])
+        apart = token_divergence(reference, logits[replayed]).sum()
+        surprise = -token_log_likelihood(logits[~replayed], targets[~replayed]).sum()
+        return (self.tuning.distill * apart + surprise) / targets.numel()
+
+    def _logits(self, model: Any, tokens: Tensor) -> Tensor:
+        return model(tokens)
 
     def _validation_loss(self) -> float:
         splits = [corpus.validation for corpus in self.mixture.corpora]

@@ -57,12 +57,16 @@ class Mixture:
 
     def sample(
         self, count: int, seq_len: int, progress: float, generator: np.random.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Windows at random places of corpora drawn at random: tokens and next tokens, each (count, seq_len), int64."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Windows at random places of corpora drawn at random.
+
+        Returns:
+            Tokens and next tokens, each (count, seq_len), int64, and the place of each one's corpus (count,), int64.
+        """
         drawn = generator.choice(len(self.corpora), size=count, p=self.shares(progress))
         windows = [self.corpora[place].train.sample(1, seq_len, generator) for place in drawn]
         tokens, targets = zip(*windows, strict=True)
-        return torch.cat(tokens), torch.cat(targets)
+        return torch.cat(tokens), torch.cat(targets), torch.from_numpy(drawn)
 
     def describe(self) -> str:
         """Names, texts and shares in one line."""

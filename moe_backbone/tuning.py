@@ -8,6 +8,7 @@ the weights themselves here, and `merged` writes them back: the result is a plai
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -52,6 +53,9 @@ class TuningConfig:
     """Rank of each sum, for `lora`."""
     top_layers: int = 1
     """Layers that learn, counted from the end, for `top_layers`."""
+    distill: float = 0.0
+    """Weight of staying close to the start on samples of the first text: KL(start || trained), nats a token, in place
+    of their own log-likelihood (as in dark experience replay, arXiv:2004.07211); 0 for none."""
     steps: int = 300
     """Most optimiser steps; early stopping may end before."""
     sequences: int = 16
@@ -74,6 +78,7 @@ class TuningConfig:
         known = get_args(Method)
         require(self.method in known, f"method must be one of {', '.join(known)}, got {self.method!r}")
         require_at_least(self, 1, "rank", "top_layers")
+        require(0 <= self.distill < math.inf, f"distill must be at least 0, got {self.distill}")
         _ = self.training  # refuses impossible values of the rest
 
     @property

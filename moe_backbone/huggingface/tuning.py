@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -125,15 +126,22 @@ class CheckpointContinual(Continual):
             training = replace(training, learning_rate=RATE * training.learning_rate)
         return training
 
+    def _kept(self, start: Any) -> Any:
+        return deepcopy(start)
+
+    def _logits(self, model: Any, tokens: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+        return logits.float()
+
     def _adapt(self, start: Any) -> Any:
         return begin_checkpoint_tuning(start, self.tuning)
 
     def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean negative log-likelihood, and the checkpoint's own balance loss where it has one, by its own weight."""
+        """What predicting text has, and the checkpoint's own balance loss where it has one, by its own weight."""
         weight = getattr(self.text_config, "router_aux_loss_coef", None)
         more = {"output_router_logits": True} if weight else {}
         output = self.backbone(input_ids=tokens, use_cache=False, **more)
-        loss = -token_log_likelihood(output.logits.float(), targets).mean()
+        loss = self._text_loss(output.logits.float(), tokens, targets)
         balance = getattr(output, "aux_loss", None)
         return loss if balance is None or not weight else loss + weight * balance
 
@@ -147,7 +155,7 @@ class CheckpointContinual(Continual):
         tokens, targets, _ = split.windows(self.seq_len, max_tokens)
         losses = []
         for some, following in zip(tokens.split(16), targets.split(16), strict=True):
-            logits = model(input_ids=some.to(self.device), use_cache=False).logits.float()
+            logits = self._logits(model, some.to(self.device))
             losses.append(-token_log_likelihood(logits, following.to(self.device)))
         return torch.cat(losses).mean().item()
 

@@ -31,9 +31,10 @@ def config(text_folder: Path, tmp_path: Path) -> MixingConfig:
         output=tmp_path / "mixing",
         general=str(text_folder),
         replays=((0.5, 0.5), (0.1, 0.7)),
+        distilled=((0.25, 0.25),),
         methods=("lora", "norms"),
         max_tokens=128,
-        tuning=TuningConfig(steps=4, eval_every=2, sequences=2),
+        tuning=TuningConfig(steps=4, distill=1.0, eval_every=2, sequences=2),
         backbone=sizes,
         pretrain=PretrainConfig(steps=6, sequences=2),
     )
@@ -62,8 +63,9 @@ def test_rows_follow_from_the_losses_and_are_trained_once(
             f"{falls[0] / falls[1]:.1%}",
         ]
         assert cells[8] == ("yes |" if change <= 0.02 and falls[0] >= 0.9 * falls[1] else "no |")
-        assert len(list(folder.iterdir())) == len(list(variants(config))) == 7
+        assert len(list(folder.iterdir())) == len(list(variants(config))) == 8
 
+    assert sum(line.startswith("| lora | 25% distilled | 0 |") for line in text.splitlines()) == 2
     assert sum(line.startswith("| full | 10% to 70% | 0 |") for line in text.splitlines()) == 2
 
     def run(self: Continual) -> None:

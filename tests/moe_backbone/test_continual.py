@@ -167,6 +167,28 @@ def test_replay_keeps_what_the_domain_alone_forgets(make: Make, mixture: Mixture
     assert min(falls) > 0.5
 
 
+def test_distillation_stays_close_to_the_start_on_samples_of_the_first_text(
+    make: Make, start: MoETransformer, mixture: Mixture
+) -> None:
+    """Its loss is the mean over samples: the weight times KL for those, the surprise for others; it keeps more."""
+    training = make(distill=3.0, balance_weight=0.0)
+    tokens, targets = training._draw(8)
+    with torch.no_grad():
+        training.backbone.output_head.weight.mul_(1.5)
+        logits, reference = training.backbone(tokens), start(tokens)
+        loss = training._loss(tokens, targets)
+    known = (tokens >= ord("A")) & (tokens <= ord("Z"))
+    samples = []
+    for row, is_new in enumerate(known.any(1).tolist()):
+        expected = reference[row].softmax(1)
+        apart = (expected * (reference[row].log_softmax(1) - logits[row].log_softmax(1))).sum(1).mean()
+        surprise = torch.nn.functional.cross_entropy(logits[row], targets[row])
+        samples.append(surprise if is_new else 3 * apart)
+    assert known.any(1).tolist() == (~training.replayed).tolist()
+    assert 0 < sum(training.replayed) < 8
+    assert loss.item() == pytest.approx(torch.stack(samples).mean().item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_interrupted_training_ends_like_one_that_was_not(make: Make, mixture: Mixture, method: Method) -> None:
     """With a schedule that moves, and only what learns in the file that it goes on from."""

@@ -40,16 +40,17 @@ def test_every_sample_draws_its_corpus_by_the_ratios_of_the_step(texts: tuple[Pa
     mixture = load_mixture([f"letters={texts[0]}:9..1", f"digits={texts[1]}:1..3"], seq_len=SEQ_LEN)
     generator = np.random.default_rng(0)
     for progress, expected in ((0.0, 0.1), (0.5, 0.425), (1.0, 0.75)):
-        tokens, targets = mixture.sample(4000, SEQ_LEN, progress, generator)
+        tokens, targets, drawn = mixture.sample(4000, SEQ_LEN, progress, generator)
         assert tokens.shape == targets.shape == (4000, SEQ_LEN)
         assert torch.equal(tokens[:, 1:], targets[:, :-1])
         assert mixture.shares(progress) == pytest.approx([1 - expected, expected])
         assert _digit_share(tokens) == pytest.approx(expected, abs=0.03)
+        assert drawn.float().mean().item() == pytest.approx(_digit_share(tokens))
 
 
 def test_a_corpus_of_ratio_0_is_never_drawn(texts: tuple[Path, Path]) -> None:
     mixture = load_mixture([f"letters={texts[0]}:0", f"digits={texts[1]}:2"], seq_len=SEQ_LEN)
-    tokens, _ = mixture.sample(500, SEQ_LEN, 0.3, np.random.default_rng(1))
+    tokens, _, _ = mixture.sample(500, SEQ_LEN, 0.3, np.random.default_rng(1))
     assert _digit_share(tokens) == 1
 
 
