@@ -33,7 +33,7 @@ from training_config import PPOConfig, TrainConfig
 logger = logging.getLogger("benchmarks.tasks")
 
 TASKS = {
-    "banking77": ("banking77", TuningConfig(steps=4500, eval_every=200, learning_rate=1.5e-3)),
+    "banking77": ("banking77", TuningConfig(steps=4500, learning_rate=2e-3)),
     "wikigold": ("ner_wikigold/wikigold.conll.txt", TuningConfig(steps=2000, learning_rate=1.5e-3)),
     "sec-filings": ("ner_sec_filings", TuningConfig(steps=2000, learning_rate=1.5e-3)),
 }
