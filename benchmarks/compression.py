@@ -76,7 +76,7 @@ class CompressionConfig:
     """Where rows, tables and the figure go; `compression` in the run's folder if None."""
     students: tuple[Path, ...] = ()
     """Folders of `save_backbone`, such as `benchmarks.distillation` leaves, to score beside the run's backbone."""
-    num_prices: int = 7
+    num_prices: int = 5
     """Prices of the learned router, log-spaced over its training range."""
     shares: tuple[float, ...] = (0.875, 0.75, 0.5)
     """Shares of heads and experts that pruning keeps."""
@@ -198,16 +198,15 @@ def _best_rule(subject: Subject) -> str:
 
 
 def learned(subject: Subject) -> Iterator[Row]:
-    """The router alone, on quantised models, over pruned units, and as a table."""
-    rule = _best_rule(subject)
+    """The router alone, on quantised models, over mildly pruned units, and as a table."""
+    rule, share = _best_rule(subject), max(subject.config.shares)
     for price in subject.prices:
         router, setting = subject.learned.at_price(price), {"price": round(price, 4)}
         for backbone in BITS:
             yield subject.row("learned", backbone, router, setting)
-        for share in subject.config.shares[:2]:
-            masked = UnitPruning(router, prune_share(subject.backbone.sites, subject.importance[rule], share))
-            for backbone in ("full", "int8"):
-                yield subject.row("learned, pruned", backbone, masked, {**setting, "keep": share, "by": rule})
+        masked = UnitPruning(router, prune_share(subject.backbone.sites, subject.importance[rule], share))
+        for backbone in ("full", "int8"):
+            yield subject.row("learned, pruned", backbone, masked, {**setting, "keep": share, "by": rule})
         table = subject.table(price)
         for backbone in ("full", "int8"):
             yield subject.row("threshold table", backbone, table, setting)
