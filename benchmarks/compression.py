@@ -55,6 +55,7 @@ from train_rl import load_run
 
 logger = logging.getLogger(__name__)
 
+ROWS = "rows.json"
 BITS = {"full": 32, "int8": 8, "int4": 4}
 COMPUTES = (0.8, 0.6, 0.5, 0.3, 0.25, 0.2, 0.16)
 """Bit-operations at which lines are compared, fractions of the full native model's."""
@@ -86,6 +87,8 @@ class CompressionConfig:
     """Validation tokens that choose settings."""
     max_tokens: int = 16_384
     """Test tokens that are reported."""
+    report_only: bool = False
+    """Score nothing: tables and figure of the rows that an earlier, perhaps stopped, command has left."""
 
 
 @dataclass(kw_only=True)
@@ -108,7 +111,7 @@ class Subject:
         texts = {name: getattr(config, name) for name in ("fit_tokens", "selection_tokens", "max_tokens")}
         router = hashlib.sha256((config.run / WEIGHTS).read_bytes()).hexdigest()
         about = {"backbone": self.backbone.sha256(), "corpus": self.corpus.sha256, "router": router, **texts}
-        self.rows = RowFile(self.folder / "rows.json", about)
+        self.rows = RowFile(self.folder / ROWS, about)
 
     @property
     def prices(self) -> list[float]:
@@ -309,8 +312,9 @@ def figure(lines: Mapping[str, Sequence[Sequence[Row]]], native: Row) -> Figure:
     return drawn
 
 
-def report(lines: dict[str, list[list[Row]]], native: Row, folder: Path) -> None:
+def report(lines: dict[str, list[list[Row]]], folder: Path) -> None:
     """Write `compression.json`, `compression.png` and `tables.txt`, and print the tables."""
+    native = lines["quantised"][0][0]  # the first row that is scored: all bits, native routing
     summary = summarize(lines, random_accuracy=0.0)
     equal = tradeoff_table(lines, native.held_out, summary, computes=COMPUTES)
     equal.title = "Test loss in nats, change from native, % of native accuracy kept; by bit-operations"
@@ -330,7 +334,21 @@ def report(lines: dict[str, list[list[Row]]], native: Row, folder: Path) -> None
     save_figure(figure(lines, native), folder / "compression.png")
 
 
-def load_subject(config: CompressionConfig) -> Subject:
+def kept_rows(folder: Path) -> dict[str, list[list[Row]]]:
+    """Rows of an output folder by line, the full native model among them.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    path = folder / ROWS
+    require(path.exists(), f"output must hold {ROWS} to report on, got {folder}")
+    lines: dict[str, list[list[Row]]] = {}
+    for row in RowFile(path).rows.values():
+        lines.setdefault(row.router, [[]])[0].append(row)
+    return lines
+
+
+def load_subject(config: CompressionConfig, folder: Path) -> Subject:
     """The run's parts.
 
     Raises:
@@ -340,7 +358,6 @@ def load_subject(config: CompressionConfig) -> Subject:
     if not isinstance(backbone, MoETransformer):
         raise ValueError(f"run must be on a backbone of our own, got one on {backbone.name} in {config.run}")
     router = load_router(config.run, backbone)
-    folder = config.output or config.run / "compression"
     folder.mkdir(parents=True, exist_ok=True)
     return Subject(corpus=corpus, backbone=backbone, learned=router, config=config, folder=folder)
 
@@ -349,12 +366,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.cli(CompressionConfig, description=__doc__, args=arguments)
+    folder = config.output or config.run / "compression"
     try:
-        subject = load_subject(config)
-        report(score(subject), subject.scorer.native, subject.folder)
+        lines = kept_rows(folder) if config.report_only else score(load_subject(config, folder))
+        report(lines, folder)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    logger.info("rows, tables and compression.png are in %s", subject.folder)
+    logger.info("rows, tables and compression.png are in %s", folder)
 
 
 if __name__ == "__main__":
