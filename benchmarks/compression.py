@@ -60,10 +60,11 @@ BITS = {"full": 32, "int8": 8, "int4": 4}
 COMPUTES = (0.8, 0.6, 0.5, 0.3, 0.25, 0.2, 0.16)
 """Bit-operations at which lines are compared, fractions of the full native model's."""
 DRAWN = (
-    *("learned", "learned, int8", "learned, pruned, int8", "quantised", "pruned", "pruned, int8"),
-    *("greedy", "greedy, int8", "threshold table, int8", "student, int8"),
+    *("learned, int8", "quantised", "learned, int4", "learned", "greedy", "threshold table, int8", "pruned, int8"),
+    *("greedy, int8", "learned, pruned, int8", "pruned", "student, int8"),
 )
-"""Lines of the figure, the first on top."""
+"""Lines of the figure: the first on top, the next six in colour."""
+TICKS = (0.12, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
 GREEDY_POINTS = 8
 
 
@@ -304,8 +305,11 @@ def figure(lines: Mapping[str, Sequence[Sequence[Row]]], native: Row) -> Figure:
     shown = {name: lines[name] for name in DRAWN if name in lines}
     drawn = tradeoff_figure(shown, native.held_out, learned="learned, int8")
     for axes in drawn.axes:
-        axes.set_xlabel("Bit-operations of a token (fraction of the full native model's, everything included)")
-        axes.set_xlim(0.1, 1.03)
+        axes.set_xlabel("Bit-operations (fraction of the full native model's)")
+        axes.set_xscale("log")
+        axes.set_xlim(0.11, 1.05)
+        axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        axes.minorticks_off()
     drawn.suptitle(
         "Held-out quality at equal bit-operations; bands: 95 % interval of the difference to native", fontsize=11
     )
