@@ -55,14 +55,16 @@ from train_rl import load_run
 
 logger = logging.getLogger(__name__)
 
+ROWS = "rows.json"
 BITS = {"full": 32, "int8": 8, "int4": 4}
 COMPUTES = (0.8, 0.6, 0.5, 0.3, 0.25, 0.2, 0.16)
 """Bit-operations at which lines are compared, fractions of the full native model's."""
 DRAWN = (
-    *("learned", "learned, int8", "learned, pruned, int8", "quantised", "pruned", "pruned, int8"),
-    *("greedy", "greedy, int8", "threshold table, int8", "student, int8"),
+    *("learned, int8", "quantised", "learned, int4", "learned", "greedy", "threshold table, int8", "pruned, int8"),
+    *("greedy, int8", "learned, pruned, int8", "pruned", "student, int8"),
 )
-"""Lines of the figure, the first on top."""
+"""Lines of the figure: the first on top, the next six in colour."""
+TICKS = (0.12, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
 GREEDY_POINTS = 8
 
 
@@ -76,7 +78,7 @@ class CompressionConfig:
     """Where rows, tables and the figure go; `compression` in the run's folder if None."""
     students: tuple[Path, ...] = ()
     """Folders of `save_backbone`, such as `benchmarks.distillation` leaves, to score beside the run's backbone."""
-    num_prices: int = 7
+    num_prices: int = 5
     """Prices of the learned router, log-spaced over its training range."""
     shares: tuple[float, ...] = (0.875, 0.75, 0.5)
     """Shares of heads and experts that pruning keeps."""
@@ -86,6 +88,8 @@ class CompressionConfig:
     """Validation tokens that choose settings."""
     max_tokens: int = 16_384
     """Test tokens that are reported."""
+    report_only: bool = False
+    """Score nothing: tables and figure of the rows that an earlier, perhaps stopped, command has left."""
 
 
 @dataclass(kw_only=True)
@@ -108,7 +112,7 @@ class Subject:
         texts = {name: getattr(config, name) for name in ("fit_tokens", "selection_tokens", "max_tokens")}
         router = hashlib.sha256((config.run / WEIGHTS).read_bytes()).hexdigest()
         about = {"backbone": self.backbone.sha256(), "corpus": self.corpus.sha256, "router": router, **texts}
-        self.rows = RowFile(self.folder / "rows.json", about)
+        self.rows = RowFile(self.folder / ROWS, about)
 
     @property
     def prices(self) -> list[float]:
@@ -198,16 +202,15 @@ def _best_rule(subject: Subject) -> str:
 
 
 def learned(subject: Subject) -> Iterator[Row]:
-    """The router alone, on quantised models, over pruned units, and as a table."""
-    rule = _best_rule(subject)
+    """The router alone, on quantised models, over mildly pruned units, and as a table."""
+    rule, share = _best_rule(subject), max(subject.config.shares)
     for price in subject.prices:
         router, setting = subject.learned.at_price(price), {"price": round(price, 4)}
         for backbone in BITS:
             yield subject.row("learned", backbone, router, setting)
-        for share in subject.config.shares[:2]:
-            masked = UnitPruning(router, prune_share(subject.backbone.sites, subject.importance[rule], share))
-            for backbone in ("full", "int8"):
-                yield subject.row("learned, pruned", backbone, masked, {**setting, "keep": share, "by": rule})
+        masked = UnitPruning(router, prune_share(subject.backbone.sites, subject.importance[rule], share))
+        for backbone in ("full", "int8"):
+            yield subject.row("learned, pruned", backbone, masked, {**setting, "keep": share, "by": rule})
         table = subject.table(price)
         for backbone in ("full", "int8"):
             yield subject.row("threshold table", backbone, table, setting)
@@ -302,16 +305,20 @@ def figure(lines: Mapping[str, Sequence[Sequence[Row]]], native: Row) -> Figure:
     shown = {name: lines[name] for name in DRAWN if name in lines}
     drawn = tradeoff_figure(shown, native.held_out, learned="learned, int8")
     for axes in drawn.axes:
-        axes.set_xlabel("Bit-operations of a token (fraction of the full native model's, everything included)")
-        axes.set_xlim(0.1, 1.03)
+        axes.set_xlabel("Bit-operations (fraction of the full native model's)")
+        axes.set_xscale("log")
+        axes.set_xlim(0.11, 1.05)
+        axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        axes.minorticks_off()
     drawn.suptitle(
         "Held-out quality at equal bit-operations; bands: 95 % interval of the difference to native", fontsize=11
     )
     return drawn
 
 
-def report(lines: dict[str, list[list[Row]]], native: Row, folder: Path) -> None:
+def report(lines: dict[str, list[list[Row]]], folder: Path) -> None:
     """Write `compression.json`, `compression.png` and `tables.txt`, and print the tables."""
+    native = lines["quantised"][0][0]  # the first row that is scored: all bits, native routing
     summary = summarize(lines, random_accuracy=0.0)
     equal = tradeoff_table(lines, native.held_out, summary, computes=COMPUTES)
     equal.title = "Test loss in nats, change from native, % of native accuracy kept; by bit-operations"
@@ -331,7 +338,21 @@ def report(lines: dict[str, list[list[Row]]], native: Row, folder: Path) -> None
     save_figure(figure(lines, native), folder / "compression.png")
 
 
-def load_subject(config: CompressionConfig) -> Subject:
+def kept_rows(folder: Path) -> dict[str, list[list[Row]]]:
+    """Rows of an output folder by line, the full native model among them.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    path = folder / ROWS
+    require(path.exists(), f"output must hold {ROWS} to report on, got {folder}")
+    lines: dict[str, list[list[Row]]] = {}
+    for row in RowFile(path).rows.values():
+        lines.setdefault(row.router, [[]])[0].append(row)
+    return lines
+
+
+def load_subject(config: CompressionConfig, folder: Path) -> Subject:
     """The run's parts.
 
     Raises:
@@ -341,7 +362,6 @@ def load_subject(config: CompressionConfig) -> Subject:
     if not isinstance(backbone, MoETransformer):
         raise ValueError(f"run must be on a backbone of our own, got one on {backbone.name} in {config.run}")
     router = load_router(config.run, backbone)
-    folder = config.output or config.run / "compression"
     folder.mkdir(parents=True, exist_ok=True)
     return Subject(corpus=corpus, backbone=backbone, learned=router, config=config, folder=folder)
 
@@ -350,12 +370,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.cli(CompressionConfig, description=__doc__, args=arguments)
+    folder = config.output or config.run / "compression"
     try:
-        subject = load_subject(config)
-        report(score(subject), subject.scorer.native, subject.folder)
+        lines = kept_rows(folder) if config.report_only else score(load_subject(config, folder))
+        report(lines, folder)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    logger.info("rows, tables and compression.png are in %s", subject.folder)
+    logger.info("rows, tables and compression.png are in %s", folder)
 
 
 if __name__ == "__main__":

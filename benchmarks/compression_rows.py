@@ -138,19 +138,19 @@ class RowFile:
 
     Args:
         path: Where it lies.
-        about: What all rows depend on, JSON values.
+        about: What all rows depend on, JSON values; None to take rows of anything.
 
     Raises:
         ValueError: If the file holds rows of something else.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        self.path, self.about = path, dict(about)
+    def __init__(self, path: Path, about: Mapping[str, Any] | None = None) -> None:
+        self.path, self.about = path, about
         self.rows: dict[str, Row] = {}
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
             rule = "output must be a new folder, or hold rows of the same backbone, text and router"
-            require(content["about"] == self.about, f"{rule}, got {path} of {content['about']}, not {self.about}")
+            require(about in (None, content["about"]), f"{rule}, got {path} of {content['about']}, not {about}")
             self.rows = {key: row_from_json(row) for key, row in content["rows"].items()}
 
     def get(self, line: str, setting: Mapping[str, Any], make: Callable[[], Row]) -> Row:

@@ -110,6 +110,10 @@ def test_command_writes_tables_figure_and_json_and_goes_on(
     main(words)
     assert scored[total:] == ["native"]
     out = tmp_path / "out"
+    before = (out / "tables.txt").read_text(encoding="utf-8")
+    main([*words, "--report-only"])
+    assert scored[total:] == ["native"]
+    assert (out / "tables.txt").read_text(encoding="utf-8") == before
     text = (out / "tables.txt").read_text(encoding="utf-8")
     lines = {point["router"] for point in json.loads((out / "compression.json").read_text())["points"]}
     assert lines >= {
@@ -130,3 +134,5 @@ def test_command_writes_tables_figure_and_json_and_goes_on(
 def test_other_backbones_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="error: run folder must hold"):
         main([str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"error: output must hold rows\.json to report on"):
+        main([str(tmp_path), "--report-only"])
