@@ -45,8 +45,8 @@ class MixingConfig:
     general: str = ""
     """Path of what the backbone was trained on; nothing for the source of the Python standard library."""
     distilled: tuple[tuple[float, float], ...] = ((0.3, 0.3),)
-    """Shares of general text, at the first step and at the last, that is distilled from the start; the first pair with
-    every seed, and for the methods."""
+    """Shares of general text, at the first step and at the last, that is distilled from the start; the first pair, or
+    else the first of `replays`, with every seed, and for the methods."""
     replays: tuple[tuple[float, float], ...] = ((0.5, 0.5),)
     """Shares of general text that is learned like any other."""
     methods: tuple[Method, ...] = ("lora", "top_layers", "ia3", "norms")
@@ -88,13 +88,14 @@ class Variant:
 
 def variants(config: MixingConfig) -> Iterator[Variant]:
     """All rows, what the claim hangs on first, and its other seeds last."""
-    first, share = config.seeds[0], config.distilled[0]
-    yield from (Variant(seed=first), Variant(replay=share, distilled=True, seed=first))
-    yield from (Variant(replay=other, seed=first) for other in config.replays)
-    yield from (Variant(method=method, replay=share, distilled=True, seed=first) for method in config.methods)
-    yield from (Variant(replay=other, distilled=True, seed=first) for other in config.distilled[1:])
+    first = config.seeds[0]
+    tried = [Variant(replay=share, distilled=True, seed=first) for share in config.distilled]
+    tried += [Variant(replay=share, seed=first) for share in config.replays]
+    require(bool(tried), "replays or distilled must give a share, got none")
+    yield from (Variant(seed=first), *tried)
+    yield from (replace(tried[0], method=method) for method in config.methods)
     for seed in config.seeds[1:]:
-        yield from (Variant(seed=seed), Variant(replay=share, distilled=True, seed=seed))
+        yield from (Variant(seed=seed), replace(tried[0], seed=seed))
 
 
 def train_row(config: MixingConfig, start: MoETransformer, mixture: Mixture, folder: Path, variant: Variant) -> Outcome:
