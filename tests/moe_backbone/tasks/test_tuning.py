@@ -54,7 +54,7 @@ def test_hidden_words_hide_no_end_and_no_target(texts_file: Path, start: MoETran
     """With all words hidden only their ends are left to read."""
     task = load_task(texts_file, seq_len=32)
     tuning = TaskTuning(task, start, replace(SETTINGS, hidden_words=1.0), "cpu", tmp_path / "partial")
-    tokens, targets = tuning._draw()
+    tokens, targets = tuning._draw(SETTINGS.sequences)
     assert set(tokens.unique().tolist()) == {0x00, 0x20, 0x0A}
     assert (tokens[targets >= 0] == 0x0A).all()
 
