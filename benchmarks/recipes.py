@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluate_rl import LearnedPoint
-from evaluation import Evaluator, Scored, average_quality, compute_at_accuracy, frontier, loss_at, score_all
+from evaluation import Evaluator, Scored, average_quality, compute_at_accuracy, frontier, loss_at
 from evaluation.curves import Curve
 from moe_backbone import BackboneConfig, MoETransformer
 from moe_backbone.corpus import Corpus, load_corpus
@@ -173,7 +173,8 @@ def measure(config: RecipesConfig, name: str, corpus: Corpus) -> Row:
         low, high = settings.env.price_low, settings.env.price_high
         prices = np.geomspace(low, high, config.num_prices if high > low else 1)
         specs = [LearnedPoint(learned=router, price=float(price), seed=seed) for price in prices]
-        row.curves.append([Scored.on_one_text(scored.held_out) for scored in score_all(specs, evaluator, evaluator)])
+        points = [evaluator.score(spec.name, spec.router, setting=spec.setting, seed=seed) for spec in specs]
+        row.curves.append([Scored.on_one_text(point) for point in points])
         row.native.append([Scored.on_one_text(evaluator.native)])
     return row
 
