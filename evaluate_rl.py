@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +33,7 @@ from evaluation import (
     check_native,
     check_seeds,
     group_curves,
-    report_console,
+    print_and_keep,
     report_parts,
     save_figure,
     score_all,
@@ -261,11 +260,8 @@ def write_report(evaluation: Evaluation, context: Context) -> Figure:
     write_evaluation(folder / "evaluation.json", content)
     figure = tradeoff_figure(evaluation.curves, evaluation.held_out.native, headroom=evaluation.headroom)
     save_figure(figure, folder / "tradeoff.png")
-    text, parts = StringIO(), list(report_parts(evaluation))
-    for console in (report_console(), report_console(text)):
-        for part in parts:
-            console.print(part, highlight=False)
-    write_text_atomic(folder / "tables.txt", text.getvalue())
+    parts = list(report_parts(evaluation))
+    print_and_keep(parts, folder / "tables.txt")
     profile, passage = profile_split(
         backbone,
         corpus.test,
@@ -325,7 +321,7 @@ def learned_routers(run_dir: Path, trained: TrainConfig, context: Context) -> di
     """
     from policies.portable import DESCRIPTION, WEIGHTS, load_router
     from run_folder import describe_run
-    from training_run import Run
+    from training_run import train_router
 
     if trained.adapt_backbone and len(context.seeds) > 1:
         raise ValueError(
@@ -342,9 +338,7 @@ def learned_routers(run_dir: Path, trained: TrainConfig, context: Context) -> di
         logger.info("training the router with seed %d, %d of %d", seed, number, len(missing))
         config = replace(trained, seed=seed, eval_times=0)
         describe_run(folders[seed], config)
-        current = Run(config, folders[seed], context.corpus, context.backbone)
-        current.train()
-        current.export()
+        train_router(config, folders[seed], context.corpus, context.backbone)
     return {seed: load_router(folder, context.backbone).to(device) for seed, folder in folders.items()}
 
 

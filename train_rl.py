@@ -27,7 +27,7 @@ from moe_backbone.pretrain import load_weights
 from policies.portable import WEIGHTS
 from run_folder import describe_run, new_run_folder, read_config
 from training_config import PRESETS, TrainConfig
-from training_run import ADAPTED, Run, adapt, load_backbone, load_given, load_parts
+from training_run import ADAPTED, load_backbone, load_given, load_parts, train_router
 
 logger = logging.getLogger("train_rl")
 
@@ -77,14 +77,9 @@ def run(config: TrainConfig) -> Path:
         if resumed is None:
             describe_run(folder, config)
         backbone = parts[1] if parts else load_backbone(config, corpus, device)
-        current = Run(config, folder, corpus, backbone)
         if (folder / WEIGHTS).exists():
             logger.info("run: trained to its end before, so it is only scored again")
-        current.train()
-        if config.adapt_backbone:
-            current = adapt(config, folder, current)
-            current.train()
-        current.export()
+        current = train_router(config, folder, corpus, backbone)
         trained = time.perf_counter()
         current.evaluate()
     except KeyboardInterrupt:

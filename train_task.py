@@ -9,8 +9,6 @@ A stopped run goes on when the same command is given again.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -26,7 +24,7 @@ from evaluation import Evaluator, report_console
 from evaluation.task_baselines import TaskScore, baselines
 from moe_backbone import BackboneConfig, MoETransformer
 from moe_backbone.corpus import load_corpus
-from moe_backbone.pretrain import PretrainConfig, cache_folder, load_or_train
+from moe_backbone.pretrain import PretrainConfig, cache_folder, content_key, load_or_train
 from moe_backbone.saved import load_saved, save_backbone
 from moe_backbone.tasks import TaskCorpus, load_task, require_seqeval
 from moe_backbone.tasks.tuning import RECIPE_VERSION, TuningConfig, tune, widened
@@ -75,8 +73,8 @@ def starting_backbone(config: TaskConfig, device: str) -> MoETransformer:
 def tuned(config: TaskConfig, task: TaskCorpus, device: str) -> MoETransformer:
     """The backbone trained on the task; kept in the cache, where a stopped training goes on."""
     start = starting_backbone(config, device)
-    key = json.dumps([RECIPE_VERSION, task.sha256, start.sha256(), asdict(config.tuning)])
-    path = cache_folder() / f"task-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    key = content_key([RECIPE_VERSION, task.sha256, start.sha256(), asdict(config.tuning)])
+    path = cache_folder() / f"task-{key}.safetensors"
     logger.info("task backbone: %s%s", "" if path.exists() else "training once, then kept at ", path)
     return tune(path, task, start, config.tuning, device)
 

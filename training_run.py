@@ -325,6 +325,20 @@ class Run:
         self.model.logger.dump(self.model.num_timesteps)
 
 
+def train_router(config: TrainConfig, folder: Path, corpus: Corpus, backbone: Backbone) -> Run:
+    """Train the router of a run, its backbone under it and the router again if that is asked for, and write it.
+
+    Training goes on from its checkpoints. The run that is returned has the backbone that the router is for.
+    """
+    current = Run(config, folder, corpus, backbone)
+    current.train()
+    if config.adapt_backbone:
+        current = adapt(config, folder, current)
+        current.train()
+    current.export()
+    return current
+
+
 def adapt(config: TrainConfig, folder: Path, first: Run) -> Run:
     """Train the backbone on under the learned router, and stand before training the router again.
 

@@ -27,13 +27,13 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.compression_rows import Row, RowFile, Scorer, rise
+from benchmarks.compression_rows import WIDTH, Row, RowFile, Scorer, own_run, rise
 from evaluate_rl import greedy_points
 from evaluation import (
     at_compute,
     frontier,
     log_likelihood_difference,
-    report_console,
+    print_and_keep,
     save_figure,
     summarize,
     tradeoff_figure,
@@ -51,7 +51,6 @@ from policies.compensated import CompensatedRouter
 from policies.linear_router import LinearRouter
 from policies.portable import WEIGHTS, load_router
 from policies.threshold_table import ThresholdTable, fit_table, load_table
-from train_rl import load_run
 
 logger = logging.getLogger(__name__)
 
@@ -322,12 +321,7 @@ def report(lines: dict[str, list[list[Row]]], folder: Path) -> None:
     summary = summarize(lines, random_accuracy=0.0)
     equal = tradeoff_table(lines, native.held_out, summary, computes=COMPUTES)
     equal.title = "Test loss in nats, change from native, % of native accuracy kept; by bit-operations"
-    tables = [rows_table(lines), equal, kept_gain_table(lines)]
-    with (folder / "tables.txt").open("w", encoding="utf-8") as file:
-        for console in (report_console(), report_console(file)):
-            console.width = max(console.width, 150)
-            for table in tables:
-                console.print(table)
+    print_and_keep([rows_table(lines), equal, kept_gain_table(lines)], folder / "tables.txt", width=WIDTH)
     points = [
         {**row.to_json(), "flops": row.flops, "megabytes": row.megabytes}
         for (curve,) in lines.values()
@@ -358,9 +352,7 @@ def load_subject(config: CompressionConfig, folder: Path) -> Subject:
     Raises:
         ValueError: If it is no run on a backbone of our own.
     """
-    _, corpus, backbone = load_run(config.run, "cpu")
-    if not isinstance(backbone, MoETransformer):
-        raise ValueError(f"run must be on a backbone of our own, got one on {backbone.name} in {config.run}")
+    corpus, backbone = own_run(config.run)
     router = load_router(config.run, backbone)
     folder.mkdir(parents=True, exist_ok=True)
     return Subject(corpus=corpus, backbone=backbone, learned=router, config=config, folder=folder)

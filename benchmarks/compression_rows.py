@@ -17,6 +17,22 @@ from moe_backbone.checks import require
 from moe_backbone.compression import FULL_BITS, bit_operations
 from moe_backbone.corpus import Corpus
 from moe_backbone.files import write_text_atomic
+from train_rl import load_run
+
+WIDTH = 150
+"""Least columns of the printed tables."""
+
+
+def own_run(folder: Path) -> tuple[Corpus, MoETransformer]:
+    """Corpus and backbone of a finished run.
+
+    Raises:
+        ValueError: If it is no run on a backbone of our own.
+    """
+    _, corpus, backbone = load_run(folder, "cpu")
+    if not isinstance(backbone, MoETransformer):
+        raise ValueError(f"run must be on a backbone of our own, got one on {backbone.name} in {folder}")
+    return corpus, backbone
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -19,8 +19,8 @@ from pathlib import Path
 import tyro
 from rich.table import Table
 
-from benchmarks.compression_rows import Row, RowFile, Scorer, rise
-from evaluation import log_likelihood_difference, report_console
+from benchmarks.compression_rows import WIDTH, Row, RowFile, Scorer, own_run, rise
+from evaluation import log_likelihood_difference, print_and_keep
 from moe_backbone import MoETransformer
 from moe_backbone.checks import require
 from moe_backbone.corpus import Corpus
@@ -28,7 +28,6 @@ from moe_backbone.distill import DistillConfig, distilled
 from moe_backbone.files import write_text_atomic
 from moe_backbone.pretrain import PretrainConfig
 from policies.baselines import TopK
-from train_rl import load_run
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.cli(DistillationConfig, description=__doc__, args=arguments)
     try:
-        _, corpus, teacher = load_run(config.run, "cpu")
-        if not isinstance(teacher, MoETransformer):
-            raise ValueError(f"run must be on a backbone of our own, got one on {teacher.name} in {config.run}")
+        corpus, teacher = own_run(config.run)
         most = teacher.config.top_k
         require(all(1 <= k < most for k in config.top_k), f"top_k must lie in [1, {most - 1}], got {config.top_k}")
         folder = config.output or config.run / "distillation"
@@ -115,10 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     shown = table(rows)
-    with (folder / "tables.txt").open("w", encoding="utf-8") as file:
-        for console in (report_console(), report_console(file)):
-            console.width = max(console.width, 150)
-            console.print(shown)
+    print_and_keep([shown], folder / "tables.txt", width=WIDTH)
     points: list[Mapping[str, object]] = [{**row.to_json(), "flops": row.flops} for row in rows]
     write_text_atomic(folder / "distillation.json", json.dumps(points, indent=1) + "\n")
     logger.info("students and tables are in %s", folder)

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from moe_backbone import BackboneConfig
 from moe_backbone.corpus import Corpus, Split, load_corpus
-from moe_backbone.pretrain import PretrainConfig, Pretraining, cache_folder, native_loss
+from moe_backbone.pretrain import PretrainConfig, load_or_train, native_loss
 from moe_backbone.vocabulary import BYTES
 from training_config import PRESETS
 
@@ -99,11 +99,8 @@ def active_parameters(config: BackboneConfig) -> tuple[int, int]:
 
 
 def loss_of(corpus: Corpus, setting: Setting, seed: int, device: str) -> float:
-    """Train, from where it was stopped, and score everything that nanoGPT held out; nats a character."""
-    pretrain = replace(setting.pretrain, seed=seed)
-    partial = cache_folder() / f"nanogpt-{setting.backbone.hidden_size}-{seed}.partial"
-    backbone = Pretraining(corpus, setting.backbone, pretrain, device, partial).run().eval()
-    partial.unlink(missing_ok=True)
+    """Train once, from where it was stopped, and score everything that nanoGPT held out; nats a character."""
+    backbone = load_or_train(corpus, setting.backbone, replace(setting.pretrain, seed=seed), device=device)
     return native_loss(backbone, corpus.test, max_tokens=len(corpus.test.tokens), device=device)
 
 

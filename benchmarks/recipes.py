@@ -29,10 +29,11 @@ from evaluation.curves import Curve
 from moe_backbone import BackboneConfig, MoETransformer
 from moe_backbone.corpus import Corpus, load_corpus
 from moe_backbone.files import write_text_atomic
-from moe_backbone.pretrain import PretrainConfig
+from moe_backbone.pretrain import PretrainConfig, load_weights
 from policies.portable import WEIGHTS, load_router
+from run_folder import describe_run
 from training_config import TrainConfig
-from training_run import Run, adapt, load_backbone, tuned_natively
+from training_run import ADAPTED, load_backbone, train_router, tuned_natively
 
 Change = Callable[[TrainConfig], TrainConfig]
 REFERENCE = "default"
@@ -129,33 +130,26 @@ class RecipesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One recipe: a curve for each seed, on the backbone of each."""
+    """One recipe."""
 
     curves: list[Curve]
-    native: list[Curve]
+    """Of the routers, one for each seed."""
+    native: list[float]
+    """Native losses of their backbones, nats a token."""
 
 
 def train(name: str, config: TrainConfig, corpus: Corpus, folder: Path) -> MoETransformer:
     """Train backbone and router of a recipe unless they are there; returns the backbone that the router is for."""
-    from train_rl import load_run
-
     backbone = tuned_natively(config, corpus, "cpu") if name == CONTROL else load_backbone(config, corpus, "cpu")
     if name == CONTROL:
         config = replace(config, adapt_backbone=0)
     if not (folder / WEIGHTS).exists():
-        from run_folder import describe_run
-
         describe_run(folder, config)
-        current = Run(config, folder, corpus, backbone)
-        current.train()
-        if config.adapt_backbone:
-            current = adapt(config, folder, current)
-            current.train()
-        current.export()
+        trained = train_router(config, folder, corpus, backbone).backbone
+        assert isinstance(trained, MoETransformer)
+        return trained
     if config.adapt_backbone:
-        adapted = load_run(folder, "cpu")[2]
-        assert isinstance(adapted, MoETransformer)
-        return adapted
+        load_weights(backbone, folder / ADAPTED)
     return backbone
 
 
@@ -175,7 +169,7 @@ def measure(config: RecipesConfig, name: str, corpus: Corpus) -> Row:
         specs = [LearnedPoint(learned=router, price=float(price), seed=seed) for price in prices]
         points = [evaluator.score(spec.name, spec.router, setting=spec.setting, seed=seed) for spec in specs]
         row.curves.append([Scored.on_one_text(point) for point in points])
-        row.native.append([Scored.on_one_text(evaluator.native)])
+        row.native.append(evaluator.native.loss)
     return row
 
 
@@ -217,7 +211,7 @@ def table(config: RecipesConfig, rows: dict[str, Row]) -> tuple[Table, dict[str,
     content: dict[str, Any] = {}
     for name, row in rows.items():
         reference = rows[CONTROL if name.startswith("longer") and CONTROL in rows else REFERENCE]
-        found: dict[str, list[float | None]] = {"native": [curve[0].held_out.loss for curve in row.native]}
+        found: dict[str, list[float | None]] = {"native": [*row.native]}
         found |= {f"loss at {c:g}": [loss_at(curve, c) for curve in row.curves] for c in config.computes}
         found["99 % at"] = [compute_at_accuracy(curve) for curve in row.curves]
         found["AIQ"] = [average_quality(curve, 1.0) for curve in row.curves]

@@ -24,6 +24,7 @@ from envs import EnvConfig
 from evaluate_rl import EvaluationConfig
 from evaluation import load_evaluation, report_console
 from moe_backbone.checks import require
+from moe_backbone.files import write_text_atomic
 from moe_backbone.pretrain import PretrainConfig
 from moe_backbone.saved import DESCRIPTION, read_about
 from moe_backbone.tasks.tuning import TuningConfig
@@ -119,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in found[name]:
             table.add_row(*row)
         table.add_section()
-    (config.output / "tasks.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_text_atomic(config.output / "tasks.json", json.dumps(found, indent=1) + "\n")
     report_console().print(table, highlight=False)
 
 

@@ -38,7 +38,8 @@ class CorpusSource:
     def __init__(self, split: Split, seq_len: int, order: Literal["random", "passes"] = "random") -> None:
         if order not in ("random", "passes"):
             raise ValueError(f"order must be one of random, passes, got {order!r}")
-        if order == "passes" and len(split.starts(seq_len)) < 1:
+        self._starts = split.starts(seq_len) if order == "passes" else np.zeros(0, dtype=np.int64)
+        if order == "passes" and len(self._starts) < 1:
             raise ValueError(
                 f"split must hold a window of seq_len={seq_len} tokens for passes, got {len(split.tokens)}"
             )
@@ -53,9 +54,9 @@ class CorpusSource:
         if generator is not self._generator:
             self._generator, self.left = generator, self.left[:0]
         while len(self.left) < count:
-            self.left = np.append(self.left, generator.permutation(len(self.split.starts(self.seq_len))))
+            self.left = np.append(self.left, generator.permutation(len(self._starts)))
         windows, self.left = self.left[:count], self.left[count:]
-        return self.split.at(self.split.starts(self.seq_len)[windows], self.seq_len)
+        return self.split.at(self._starts[windows], self.seq_len)
 
 
 class FixedSource:

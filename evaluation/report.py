@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -110,6 +111,22 @@ def report_console(file: IO[str] | None = None) -> Console:
     """A console as wide as the terminal, or 100 columns where the output goes elsewhere."""
     console = Console(file=file)
     return console if console.is_terminal else Console(file=file, width=PIPED_WIDTH)
+
+
+def print_and_keep(parts: Sequence[Table | str], path: Path, *, width: int = 0) -> None:
+    """Print tables, and write them to a file, whole or not at all, as they stand where the output is piped.
+
+    Args:
+        parts: What is shown, in order.
+        path: Of the text file.
+        width: Least columns of both.
+    """
+    text = StringIO()
+    for console in (report_console(), report_console(text)):
+        console.width = max(console.width, width)
+        for part in parts:
+            console.print(part, highlight=False)
+    write_text_atomic(path, text.getvalue())
 
 
 def report_parts(evaluation: Evaluation) -> Iterator[Table | str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from moe_backbone.corpus import Split
 from moe_backbone.mixture import Mixture
-from moe_backbone.pretrain import RECIPE_VERSION, PretrainConfig, Pretraining, native_loss
+from moe_backbone.pretrain import RECIPE_VERSION, PretrainConfig, Pretraining, content_key, native_loss
 from moe_backbone.quality import token_divergence, token_log_likelihood
 from moe_backbone.tuning import TuningConfig, begin_tuning, frozen_sha256, merged, trained_parameters
 
@@ -158,8 +156,7 @@ class Continual(Pretraining):
 def continual_key(mixture: Mixture, start_sha256: str, tuning: TuningConfig) -> str:
     """Hash of everything that shapes the weights."""
     texts = [[name, corpus.sha256] for name, corpus in zip(mixture.names, mixture.corpora, strict=True)]
-    content = [RECIPE_VERSION, start_sha256, texts, mixture.first, mixture.last, asdict(tuning)]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return content_key([RECIPE_VERSION, start_sha256, texts, mixture.first, mixture.last, asdict(tuning)])
 
 
 @dataclass(frozen=True, kw_only=True)

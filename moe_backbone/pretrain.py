@@ -61,7 +61,11 @@ def cache_folder() -> Path:
 
 def backbone_key(corpus: Corpus, config: BackboneConfig, pretrain: PretrainConfig) -> str:
     """Hash of everything that shapes the weights."""
-    content = [RECIPE_VERSION, corpus.sha256, asdict(config), shaping(pretrain)]
+    return content_key([RECIPE_VERSION, corpus.sha256, asdict(config), shaping(pretrain)])
+
+
+def content_key(content: Any) -> str:
+    """Short hash of JSON values, for the names of kept files."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

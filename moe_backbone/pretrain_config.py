@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from moe_backbone.checks import require, require_at_least
+from moe_backbone.checks import require, require_at_least, require_fraction
 from moe_backbone.precision import Precision, require_precision
 from moe_backbone.random_routing import RandomUnits
 
@@ -55,9 +55,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "steps", "sequences", "eval_every", "patience")
-        for name in ("random_routing", "random_from"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        require_fraction(self, "random_routing", "random_from")
         require_at_least(self, 0, "consistency")
         require(bool(self.random_units), "random_units must name what is drawn, got none")
         for unit in self.random_units:

@@ -141,18 +141,33 @@ def begin_tuning(backbone: MoETransformer, tuning: TuningConfig) -> None:
             register_parametrization(module, name, change)
         return
     top = _top(backbone, tuning.top_layers)
+    owner = "the backbone has (norms is the nearest to bitfit)"
+    train_only(backbone, tuning.method, norms=("norms.",), top=top, owner=owner)
+
+
+def train_only(model: nn.Module, method: Method, *, norms: tuple[str, ...], top: tuple[str, ...], owner: str) -> None:
+    """Freeze all weights of a model but those that a method without new ones trains.
+
+    Args:
+        model: Changed in place.
+        method: `full`, `bitfit`, `norms` or `top_layers`.
+        norms: Beginnings of the names of all weights of normalisations.
+        top: Beginnings of the names of all weights in the last layers.
+        owner: Who has the weights, for the message.
+
+    Raises:
+        ValueError: If there are none.
+    """
     rules: dict[str, Callable[[str], bool]] = {
         "full": lambda name: True,
         "bitfit": lambda name: name.endswith("bias"),
-        "norms": lambda name: name.startswith("norms."),
+        "norms": lambda name: name.startswith(norms),
         "top_layers": lambda name: name.startswith(top),
     }
-    for name, weight in backbone.named_parameters():
-        weight.requires_grad_(rules[tuning.method](name))
-    require(
-        any(weight.requires_grad for weight in backbone.parameters()),
-        f"method must train something that the backbone has (norms is the nearest to bitfit), got {tuning.method}",
-    )
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(rules[method](name))
+    learns = any(weight.requires_grad for weight in model.parameters())
+    require(learns, f"method must train something that {owner}, got {method}")
 
 
 def _top(backbone: MoETransformer, layers: int) -> tuple[str, ...]:

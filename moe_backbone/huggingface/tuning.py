@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,7 @@ from moe_backbone.corpus import Split
 from moe_backbone.huggingface.loading import require_transformers
 from moe_backbone.pretrain import PretrainConfig
 from moe_backbone.quality import token_log_likelihood
-from moe_backbone.tuning import LOW_RANK_SCALE, TuningConfig
+from moe_backbone.tuning import LOW_RANK_SCALE, TuningConfig, train_only
 
 EXTRA = "pip install -c constraints.txt -e '.[finetune]'"
 RATE = 0.1
@@ -55,16 +54,7 @@ def begin_checkpoint_tuning(model: Any, tuning: TuningConfig) -> Any:
         return get_peft_model(model, _low_rank(model, tuning.rank) if tuning.method == "lora" else _factors(model))
     norms = tuple(f"{name}." for name, module in model.named_modules() if "norm" in type(module).__name__.lower())
     top = _top(model, tuning.top_layers) if tuning.method == "top_layers" else ()
-    rules: dict[str, Callable[[str], bool]] = {
-        "full": lambda name: True,
-        "bitfit": lambda name: name.endswith("bias"),
-        "norms": lambda name: name.startswith(norms),
-        "top_layers": lambda name: name.startswith(top),
-    }
-    for name, weight in model.named_parameters():
-        weight.requires_grad_(rules[tuning.method](name))
-    learns = any(weight.requires_grad for weight in model.parameters())
-    require(learns, f"method must train something that the checkpoint has, got {tuning.method}")
+    train_only(model, tuning.method, norms=norms, top=top, owner="the checkpoint has")
     return model
 
 

@@ -61,7 +61,7 @@ def test_rows_are_trained_once(text_file: Path, tmp_path: Path, monkeypatch: pyt
     def never(*_: Any) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("benchmarks.recipes.Run", never)
+    monkeypatch.setattr("benchmarks.recipes.train_router", never)
     main(words)
     second = json.loads((tmp_path / "backbone-validation.json").read_text())
     assert second == first
