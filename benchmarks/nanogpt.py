@@ -11,6 +11,7 @@ of the rest is scored, once, at the end, in windows side by side.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,10 +105,8 @@ def loss_of(corpus: Corpus, setting: Setting, seed: int, device: str) -> float:
     return native_loss(backbone, corpus.test, max_tokens=len(corpus.test.tokens), device=device)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = tyro.cli(NanoGPTConfig, description=__doc__, args=arguments)
+def compare(config: NanoGPTConfig) -> Table:
+    """Train with every seed, and lay the losses beside nanoGPT's."""
     setting, corpus = SETTINGS[config.setting], read_split(config.text)
     ours, dense = active_parameters(setting.backbone)
     shown = Table("model", "active parameters in layers", "loss on the last 10 %, nats a character")
@@ -115,7 +114,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in config.seeds:
         name = f"{setting.backbone.top_k} of {setting.backbone.num_experts} experts, seed {seed}"
         shown.add_row(name, f"{ours:,}", f"{loss_of(corpus, setting, seed, config.device):.4f}")
-    Console().print(shown)
+    return shown
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = tyro.cli(NanoGPTConfig, description=__doc__, args=arguments)
+    try:
+        Console().print(compare(config))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -225,10 +226,8 @@ def table(config: RecipesConfig, rows: dict[str, Row]) -> tuple[Table, dict[str,
     return shown, content
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = tyro.cli(RecipesConfig, description=__doc__, args=arguments)
+def run(config: RecipesConfig) -> None:
+    """Train and score what is wanted, print the table and keep its figures."""
     wanted = [name for name in GROUPS[config.group] if not config.only or name.startswith(config.only)]
     corpus = load_corpus(config.corpus, seq_len=config.backbone.seq_len)
     rows: dict[str, Row] = {}
@@ -240,6 +239,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Console(width=200).print(shown)
     path = config.output / f"{config.group}-{config.text}.json"
     write_text_atomic(path, json.dumps(content, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = tyro.cli(RecipesConfig, description=__doc__, args=arguments)
+    try:
+        run(config)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

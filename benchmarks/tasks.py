@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,10 +109,8 @@ def _cells(score: Mapping[str, Any]) -> tuple[str, str]:
     return f"{100 * score['accuracy']:.2f}", "" if f1 is None else f"{100 * f1:.2f}"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = tyro.cli(TasksConfig, description=__doc__, args=arguments)
+def run(config: TasksConfig) -> None:
+    """Finish every task, print the table and keep its figures."""
     table = Table("task", "answers of", "compute", "accuracy, %", "F1, %", title="Test parts", title_justify="left")
     found: dict[str, Any] = {}
     for name in config.tasks:
@@ -122,6 +121,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table.add_section()
     write_text_atomic(config.output / "tasks.json", json.dumps(found, indent=1) + "\n")
     report_console().print(table, highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        run(tyro.cli(TasksConfig, description=__doc__, args=arguments))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
