@@ -48,7 +48,7 @@ from families import FAMILIES, native_control, possible, wanted_families
 from moe_backbone import Backbone, NativeRouter
 from moe_backbone.checks import require_at_least
 from moe_backbone.corpus import Corpus
-from moe_backbone.files import write_text_atomic
+from moe_backbone.files import locked, write_text_atomic
 from moe_backbone.pretrain import cache_folder
 from policies.baselines import FIXED_NAMES, FixedPoint, fixed_routers
 from policies.baselines.greedy import GreedyPoint, GreedySearch
@@ -337,8 +337,10 @@ def learned_routers(run_dir: Path, trained: TrainConfig, context: Context) -> di
     for number, seed in enumerate(missing, 1):
         logger.info("training the router with seed %d, %d of %d", seed, number, len(missing))
         config = replace(trained, seed=seed, eval_times=0)
-        describe_run(folders[seed], config)
-        train_router(config, folders[seed], context.corpus, context.backbone)
+        folders[seed].mkdir(parents=True, exist_ok=True)
+        with locked(folders[seed], "run folder"):
+            describe_run(folders[seed], config)
+            train_router(config, folders[seed], context.corpus, context.backbone)
     return {seed: load_router(folder, context.backbone).to(device) for seed, folder in folders.items()}
 
 

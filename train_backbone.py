@@ -26,6 +26,7 @@ from rich.table import Table
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from moe_backbone import BackboneConfig
+from moe_backbone.checkpoints import discard_checkpoint
 from moe_backbone.checks import require, require_at_least
 from moe_backbone.continual import Continual, Outcome, continual_key, tune
 from moe_backbone.corpus import load_corpus
@@ -117,7 +118,7 @@ def continue_backbone(config: TrainBackboneConfig, device: str) -> Outcome:
     training = Continual(mixture, start, config.tuning, device, partial, max_tokens=config.max_tokens)
     backbone, outcome = tune(training, reporter(training))
     save_backbone(backbone, config.output, about(config, mixture, outcome) | {"start_sha256": start.sha256()})
-    partial.unlink(missing_ok=True)
+    discard_checkpoint(partial)
     show(mixture, outcome)
     return outcome
 
@@ -140,7 +141,7 @@ def continue_checkpoint(config: TrainBackboneConfig, device: str) -> Outcome:
     model.save_pretrained(config.output)
     tokenizer.save_pretrained(config.output)
     write_text_atomic(config.output / TRAINING, json.dumps(about(config, mixture, outcome), indent=1) + "\n")
-    partial.unlink(missing_ok=True)
+    discard_checkpoint(partial)
     show(mixture, outcome)
     return outcome
 

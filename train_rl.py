@@ -23,6 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from moe_backbone import Backbone, MoETransformer
 from moe_backbone.corpus import Corpus, load_corpus
+from moe_backbone.files import locked
 from moe_backbone.pretrain import load_weights
 from policies.portable import WEIGHTS
 from run_folder import describe_run, new_run_folder, read_config
@@ -74,14 +75,15 @@ def run(config: TrainConfig) -> Path:
     folder = resumed or new_run_folder(config.run_dir, config.seed)
     logger.info("run: %s  (TensorBoard: tensorboard --logdir %s)", folder, folder.parent)
     try:
-        if resumed is None:
-            describe_run(folder, config)
-        backbone = parts[1] if parts else load_backbone(config, corpus, device)
-        if (folder / WEIGHTS).exists():
-            logger.info("run: trained to its end before, so it is only scored again")
-        current = train_router(config, folder, corpus, backbone)
-        trained = time.perf_counter()
-        current.evaluate()
+        with locked(folder, "run folder"):
+            if resumed is None:
+                describe_run(folder, config)
+            backbone = parts[1] if parts else load_backbone(config, corpus, device)
+            if (folder / WEIGHTS).exists():
+                logger.info("run: trained to its end before, so it is only scored again")
+            current = train_router(config, folder, corpus, backbone)
+            trained = time.perf_counter()
+            current.evaluate()
     except KeyboardInterrupt:
         logger.info("\nstopped; go on with: python train_rl.py --resume %s", shlex.quote(str(folder)))
         sys.exit(130)

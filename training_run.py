@@ -21,6 +21,7 @@ from envs import CorpusSource, RoutingMDP, RoutingVecEnv
 from evaluate_rl import LearnedPoint, evaluate, evaluation_context, write_report
 from evaluation import Evaluator, Scored, loss_at, tradeoff_figure, usage_figure
 from moe_backbone import Backbone, MoETransformer, NativeRouter
+from moe_backbone.checkpoints import read_checkpoint, write_checkpoint
 from moe_backbone.checks import require
 from moe_backbone.corpus import Corpus, load_corpus
 from moe_backbone.files import write_atomic
@@ -191,10 +192,10 @@ class Run:
             self.total_timesteps, self._stage = config.total_timesteps // 2, "adapted"
             sharpness = self.gating.sharpness[1]  # it has learned to be sharp already
             self.gating = replace(self.gating, steps=self.gating.steps // 2, sharpness=(sharpness, sharpness))
-        self.checkpoint = folder / "checkpoints" / f"{self._stage}.zip"
-        if self.checkpoint.exists():
-            self._restore()
+        self.checkpoint = folder / "checkpoints" / f"{self._stage}.pt"
         self.gates = self._build_gates()
+        if read_checkpoint(self.checkpoint, "checkpoint", self._restore, self.model.device):
+            logger.info("going on at timestep %d of %d", self.model.num_timesteps, self.total_timesteps)
         self.model.set_logger(configure(str(folder), ["tensorboard"]))
         device = next(backbone.parameters()).device
         self.validation = Evaluator(backbone, corpus.validation, max_tokens=8192, device=device)
@@ -205,24 +206,19 @@ class Run:
         """What is learned."""
         return self.model.policy.router  # type: ignore[return-value]
 
-    def _restore(self) -> None:
-        env = self.model.env
-        self.model = RoutingPPO.load(self.checkpoint, env=env, device=self.model.device)
-        made_for = getattr(self.model, "backbone_sha256", "none")
-        if made_for != self.backbone.sha256():
-            raise ValueError(
-                f"checkpoint must be made for this backbone (sha256 {self.backbone.sha256()[:12]}), "
-                f"got one for {made_for[:12]} in {self.checkpoint}"
-            )
-        self.model.restore_generators()
-        logger.info("going on at timestep %d of %d", self.model.num_timesteps, self.total_timesteps)
+    def _restore(self, state: dict[str, Any]) -> None:
+        made_for = str(state["backbone_sha256"])
+        require(
+            made_for == self.backbone.sha256(),
+            f"it must be made for this backbone (sha256 {self.backbone.sha256()[:12]}), got one for {made_for[:12]}",
+        )
+        self.model.restore(state["model"])
+        self.gates.restore(state["gates"])
 
     def save(self) -> None:
-        """Write the checkpoint, the old one staying until the new one is whole."""
-        self.model.keep_generators()
-        self.model.gate_state = self.gates.state()  # type: ignore[attr-defined]
-        self.model.backbone_sha256 = self.backbone.sha256()  # type: ignore[attr-defined]
-        write_atomic(self.checkpoint, lambda path: self.model.save(path))
+        """Write the checkpoint; the one before it stays."""
+        learned = {"model": self.model.state(), "gates": self.gates.state()}
+        write_checkpoint(self.checkpoint, {"backbone_sha256": self.backbone.sha256(), **learned})
 
     def train(self) -> None:
         """Learn until `total_timesteps`; the first Ctrl-C finishes the update under way and saves."""
@@ -256,10 +252,7 @@ class Run:
         kept = self.folder / "checkpoints" / f"{self._stage}-gates.pt"
         parts = (self.corpus, self.backbone)
         where: dict[str, Any] = {"checkpoint": kept, "later_steps": later, "report": report}
-        trainer = build_gates(self.config, self.gating, self.router, parts, **where)
-        if hasattr(self.model, "gate_state"):
-            trainer.restore(self.model.gate_state)
-        return trainer
+        return build_gates(self.config, self.gating, self.router, parts, **where)
 
     def _calibrate(self) -> Calibration:
         """What the router spends at each price, on validation documents."""

@@ -20,6 +20,7 @@ import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from moe_backbone import BackboneConfig, MoETransformer
+from moe_backbone.checkpoints import discard_checkpoint
 from moe_backbone.checks import require
 from moe_backbone.continual import Continual, Outcome, continual_key, tune
 from moe_backbone.files import write_text_atomic
@@ -112,7 +113,7 @@ def train_row(config: MixingConfig, start: MoETransformer, mixture: Mixture, fol
     training = Continual(mixture, start, tuning, "cpu", partial, max_tokens=config.max_tokens)
     _, outcome = tune(training)
     write_text_atomic(path, json.dumps({"key": [key, config.max_tokens], "outcome": asdict(outcome)}, indent=1) + "\n")
-    partial.unlink(missing_ok=True)
+    discard_checkpoint(partial)
     return outcome
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 
 def require(condition: bool, message: str) -> None:
@@ -35,6 +38,27 @@ def require_fraction(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(0 <= value <= 1, f"{name} must lie in [0, 1], got {value}")
+
+
+def require_finite(values: Tensor, name: str, where: Callable[[int], str], remedy: str) -> None:
+    """Refuse numbers of a training that has gone astray; reads the device once.
+
+    Args:
+        values: One for each step, 1-D.
+        name: What they are.
+        where: Names the step of an index.
+        remedy: What may help.
+
+    Raises:
+        ValueError: Says at which step it began, and that the last good checkpoint is kept.
+    """
+    wrong = (~values.isfinite()).nonzero().flatten()
+    if len(wrong):
+        first = int(wrong[0])
+        raise ValueError(
+            f"{name} must be finite, got {values[first].item()} first at {where(first)}; "
+            f"the last good checkpoint is kept: {remedy}"
+        )
 
 
 def require_price(name: str, value: float) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moe_backbone.checkpoints import discard_checkpoint
 from moe_backbone.checks import require, require_fraction
 from moe_backbone.corpus import Corpus
 from moe_backbone.pretrain import FineTuning, PretrainConfig, native_loss
@@ -113,7 +114,7 @@ def distilled(
         student = Distillation(corpus, start, teacher, settings, distill, device, partial).run()
         about = {"teacher_sha256": teacher.sha256(), "distill": asdict(distill), "settings": asdict(settings)}
         save_backbone(student, folder, about)
-        partial.unlink(missing_ok=True)
+        discard_checkpoint(partial)
     student = load_saved(folder, device)
     student.head_meaning = teacher.head_meaning
     return student

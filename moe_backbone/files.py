@@ -1,14 +1,16 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and by one process at a time."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 Read = TypeVar("Read")
@@ -36,9 +38,48 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+        _sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a loss of power, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def locked(path: Path, what: str, *, waiting: Callable[[], object] | None = None) -> Iterator[None]:
+    """Hold `path` for this process meanwhile; a process that is killed lets go of it.
+
+    Args:
+        path: What is held; the lock lies beside it, or in it if it is a folder.
+        what: Its name in the message.
+        waiting: Called once if another process holds it, after which this one waits; None refuses instead.
+
+    Raises:
+        ValueError: If another process holds it.
+    """
+    place = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(place)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if waiting is None:
+            raise ValueError(f"{what} must be used by one process at a time, got {path}, which another holds") from None
+        waiting()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text_atomic(path: Path, text: str) -> None:

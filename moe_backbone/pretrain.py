@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from moe_backbone.checkpoints import discard_checkpoint, read_checkpoint, write_checkpoint
+from moe_backbone.checks import require, require_finite
 from moe_backbone.config import BackboneConfig
 from moe_backbone.corpus import Corpus, Split
-from moe_backbone.files import read_whole, write_atomic
+from moe_backbone.files import locked, read_whole, write_atomic
 from moe_backbone.precision import autocast, loss_scaler
 from moe_backbone.pretrain_config import PretrainConfig, shaping
 from moe_backbone.quality import mean_scored, token_log_likelihood
@@ -87,13 +89,14 @@ def load_or_train(
 def train_once(path: Path, config: BackboneConfig, begin: Callable[[Path], Pretraining], device: str) -> MoETransformer:
     """The backbone kept at `path`, frozen on `device`; trained first if it is not there, from where it was stopped."""
     backbone = MoETransformer(config)
-    if path.exists():
-        load_weights(backbone, path)
-    else:
-        partial = path.with_suffix(".partial")
-        backbone = begin(partial).run()
-        write_atomic(path, lambda temporary: save_file(backbone.cpu().state_dict(), temporary))
-        partial.unlink(missing_ok=True)
+    partial = path.with_suffix(".partial")
+    if not path.exists():
+        with locked(partial, "backbone", waiting=lambda: logger.info("backbone: another process trains it; waiting")):
+            if not path.exists():
+                trained = begin(partial).run()
+                write_atomic(path, lambda temporary: save_file(trained.cpu().state_dict(), temporary))
+                discard_checkpoint(partial)
+    load_weights(backbone, path)
     return backbone.requires_grad_(False).eval().to(device)
 
 
@@ -135,9 +138,10 @@ class Pretraining:
         self.noise = torch.Generator().manual_seed(pretrain.seed)
         self.scaler = loss_scaler(pretrain.precision, device)
         self.step, self.best_loss, self.best_step = 0, math.inf, 0
+        self.step_losses: list[Tensor] = []
+        """Of the steps since the last look; read only then."""
         self.best_weights = self._weights()
-        if partial.exists():
-            read_whole(partial, "interrupted training", self._restore)
+        read_checkpoint(partial, "interrupted training", self._restore, device)
 
     def _begin(self, start: MoETransformer | None) -> Any:
         """What is trained, before its first step."""
@@ -180,6 +184,7 @@ class Pretraining:
         torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), 1.0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.step_losses.append(loss.detach())
         self.step += 1
 
     def _draw(self, count: int) -> tuple[Tensor, Tensor]:
@@ -223,12 +228,16 @@ class Pretraining:
         return native_loss(self.backbone, self.corpus.validation, max_tokens=16_384, device=self.device)
 
     def _look(self) -> float:
+        losses, self.step_losses = torch.tensor([float(loss) for loss in self.step_losses]), []
+        since = self.step - len(losses)
+        require_finite(losses, "training loss", lambda index: f"step {since + index}", "lower learning_rate")
         loss = self._validation_loss()
-        if not math.isfinite(loss):
-            raise ValueError(f"validation loss must be finite, got {loss} at step {self.step}: lower learning_rate")
+        require(
+            math.isfinite(loss), f"validation loss must be finite, got {loss} at step {self.step}: lower learning_rate"
+        )
         if loss < self.best_loss:
             self.best_loss, self.best_step, self.best_weights = loss, self.step, self._weights()
-        write_atomic(self.partial, self._save)
+        write_checkpoint(self.partial, self._state())
         return loss
 
     def _looks_without_gain(self) -> int:
@@ -242,14 +251,13 @@ class Pretraining:
         """The reverse."""
         self.backbone.load_state_dict(weights)
 
-    def _save(self, path: Path) -> None:
+    def _state(self) -> dict[str, Any]:
         state = {name: getattr(self, name) for name in ("step", "best_loss", "best_step", "best_weights")}
         generators = {"batches": json.dumps(self.batches.bit_generator.state), "noise": self.noise.get_state()}
         learners = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        torch.save(state | generators | learners | {"weights": self._weights()}, path)
+        return state | generators | learners | {"weights": self._weights()}
 
-    def _restore(self, partial: Path) -> None:
-        state = torch.load(partial, map_location=self.device, weights_only=True)
+    def _restore(self, state: dict[str, Any]) -> None:
         for name in ("step", "best_loss", "best_step", "best_weights"):
             setattr(self, name, state[name])
         self._load(state["weights"])

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moe_backbone.checks import require, require_at_least
+from moe_backbone.checkpoints import read_checkpoint, write_checkpoint
+from moe_backbone.checks import require, require_at_least, require_finite
 from moe_backbone.compute import ComputeMeter, load_excess
-from moe_backbone.files import read_whole, write_atomic
 from moe_backbone.quality import credited, token_divergence, token_log_likelihood, tokens_per_scored
 from moe_backbone.sites import SiteView
 from policies.linear_router import LinearRouter
@@ -146,8 +146,8 @@ class GateTrainer:
         self.groups = [group for group in (maps, constants) if group]
         self.optimizer = torch.optim.Adam(maps + constants, lr=config.learning_rate, eps=1e-5)
         self._sharpen()
-        if checkpoint is not None and checkpoint.exists():
-            read_whole(checkpoint, "gates", self._read)
+        if checkpoint is not None:
+            read_checkpoint(checkpoint, "gates", self.restore, router.weight.device)
 
     def run(self, *, progress: bool = True, stop: Callable[[], bool] = lambda: False) -> bool:
         """Train for the configured steps; False if `stop`, asked before each, ended it, after a checkpoint was kept."""
@@ -170,10 +170,14 @@ class GateTrainer:
         before = [weight.requires_grad for weight in weights]
         for weight in weights:
             weight.requires_grad_(True)
-        figures = [self._train_step() for _ in range(steps)]
+        figures, first = [self._train_step() for _ in range(steps)], self.step - steps
         for weight, was in zip(weights, before, strict=True):
             weight.requires_grad_(was).grad = None
-        return dict(zip(("loss", "compute"), figures[-1].tolist(), strict=True)) if figures else {}
+        if not figures:
+            return {}
+        losses = torch.stack(figures)[:, 0]
+        require_finite(losses, "gates' loss", lambda index: f"step {first + index}", "lower warm_start.learning_rate")
+        return dict(zip(("loss", "compute"), figures[-1].tolist(), strict=True))
 
     def _train_step(self) -> Tensor:
         """One step: loss and mean expected compute."""
@@ -260,12 +264,9 @@ class GateTrainer:
         if self.generators and state["generators"]:
             self.generators[1](json.loads(state["generators"]))
 
-    def _read(self, checkpoint: Path) -> None:
-        self.restore(torch.load(checkpoint, map_location=self.router.weight.device, weights_only=True))
-
     def _write(self) -> None:
         if self.checkpoint is not None:
-            write_atomic(self.checkpoint, lambda path: torch.save(self.state(), path))
+            write_checkpoint(self.checkpoint, self.state())
 
 
 def _detached(view: SiteView) -> SiteView:

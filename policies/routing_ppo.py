@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import deque
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -14,11 +16,15 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from moe_backbone.checks import require_finite
 from moe_backbone.precision import Precision, loss_scaler, require_precision
 from policies.bits import bits_log_prob, bits_terms
 from policies.episode_graph import EpisodeGraph
 from policies.router_policy import RouterPolicy
 from policies.tensor_ppo import TensorPPO
+
+COUNTERS = ("num_timesteps", "_n_updates", "_current_progress_remaining", "lagrangian_multiplier")
+"""Plain values that a model goes on with; the last only where a budget is held."""
 
 
 class Episode(NamedTuple):
@@ -128,38 +134,51 @@ class RoutingPPO(TensorPPO):
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_episode", "_graph", "scaler"]
 
-    def keep_generators(self) -> None:
-        """Put the state of all generators, and of the loss scaler, into attributes, so that `save` writes them too."""
-        cuda = torch.cuda.get_rng_state(self.device).tolist() if self.device.type == "cuda" else None
-        self.generator_states: dict[str, Any] = {
-            "torch": torch.get_rng_state().tolist(),
-            "cuda": cuda,
-            "numpy": np.random.get_state(),
-            "env": self.env.generator.bit_generator.state if hasattr(self.env, "generator") else None,  # type: ignore[union-attr]
+    def state(self) -> dict[str, Any]:
+        """Everything that `restore` needs to go on to the bit: tensors and plain values, which load without code."""
+        algorithm, keys, *place = np.random.get_state(legacy=True)
+        generators = {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "numpy": [algorithm, np.asarray(keys).tolist(), *place],
+            "env": json.dumps(self.env.generator.bit_generator.state) if hasattr(self.env, "generator") else None,  # type: ignore[union-attr]
             "windows": self._source.left.tolist() if hasattr(self._source, "left") else None,
-            "scaler": self.scaler.state_dict() if self.precision == "fp16" else None,
         }
+        learned = {"policy": self.policy.state_dict(), "optimizer": self.policy.optimizer.state_dict()}
+        scaler = self.scaler.state_dict() if self.precision == "fp16" else None
+        counted = {name: getattr(self, name) for name in COUNTERS if hasattr(self, name)}
+        episodes = list(self.ep_info_buffer or ())
+        return {**learned, "scaler": scaler, "counters": counted, "episodes": episodes, "generators": generators}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave, in an environment of the same rules."""
+        self.policy.load_state_dict(state["policy"])
+        self.policy.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+        self.ep_info_buffer = deque(state["episodes"], maxlen=self._stats_window_size)
+        self.ep_success_buffer = deque(maxlen=self._stats_window_size)
+        self._restore_generators(state["generators"])
+
+    def _restore_generators(self, states: dict[str, Any]) -> None:
+        if states["env"] is not None:
+            observation = self.env.reset()  # type: ignore[union-attr]  # or `learn` would, and seed it
+            self._last_obs, self._ended = torch.as_tensor(observation, device=self.device), True  # type: ignore[assignment]
+            self.env.generator.bit_generator.state = json.loads(states["env"])  # type: ignore[union-attr]
+        torch.set_rng_state(states["torch"].cpu())
+        if states["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"].cpu(), self.device)
+        algorithm, keys, *place = states["numpy"]
+        np.random.set_state((algorithm, np.array(keys, dtype=np.uint32), *place))
+        if states["windows"] is not None:
+            self._source.left = np.array(states["windows"], dtype=np.int64)
 
     @property
     def _source(self) -> Any:
         """Where the environment's text comes from."""
         return getattr(getattr(self.env, "mdp", None), "source", None)
-
-    def restore_generators(self) -> None:
-        """Go on with the generators where `keep_generators` saw them."""
-        states = self.generator_states
-        torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
-        if states["cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8), self.device)
-        np.random.set_state(states["numpy"])
-        if states["env"] is not None:
-            observation = self.env.reset()  # type: ignore[union-attr]  # or `learn` would, and seed it
-            self._last_obs, self._ended = torch.as_tensor(observation, device=self.device), True  # type: ignore[assignment]
-            self.env.generator.bit_generator.state = states["env"]  # type: ignore[union-attr]
-        if states.get("scaler") is not None:
-            self.scaler.load_state_dict(states["scaler"])
-        if states.get("windows") is not None:
-            self._source.left = np.array(states["windows"], dtype=np.int64)
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
@@ -223,6 +242,9 @@ class RoutingPPO(TensorPPO):
         episode_return, advantages = rewards.sum(0), self._episode.advantages
         explained = 1 - advantages[0].var() / episode_return.var().clamp_min(1e-12)
         figures = torch.stack((episode_return.mean(), explained, advantages.std()))
+        require_finite(
+            figures, "return of an episode", lambda _: f"timestep {self.num_timesteps}", "look at the backbone"
+        )
         mean_return, explained_variance, advantage_std = figures.tolist()
         assert self.ep_info_buffer is not None
         self.ep_info_buffer.append({"r": mean_return, "l": len(rewards), "t": 0.0})
@@ -240,7 +262,14 @@ class RoutingPPO(TensorPPO):
             if not self._learn_epoch(stats):
                 break
             self._n_updates += 1
-        self._log_update(torch.stack(stats).mean(0) if stats else self._episode.weight.new_zeros(5), self._flip_rate())
+        figures = torch.stack(stats) if stats else self._episode.weight.new_zeros(1, 5)
+        require_finite(
+            figures[:, 3],
+            "PPO's loss",
+            lambda index: f"timestep {self.num_timesteps}, minibatch {index} of the update",
+            "lower ppo.learning_rate",
+        )
+        self._log_update(figures.mean(0), self._flip_rate())
         return None
 
     def _learn_epoch(self, stats: list[Tensor]) -> bool:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import evaluate_rl
 import training_run
 from moe_backbone import MoETransformer
 from policies.portable import DESCRIPTION, WEIGHTS, load_router
+from policies.routing_ppo import RoutingPPO
 from run_folder import read_config
 from train_rl import main
 from training_config import TrainConfig
@@ -26,42 +30,109 @@ pytestmark = [
 ]
 
 
-def _resume_with_checkpoint_of(other: Path, words: list[str], run_dir: Path, refusal: Callable[..., str]) -> str:
-    """The message; the router that lies in the folder stays as it was."""
-    main(words)
-    shutil.copy(other / "checkpoints" / "last.zip", run_dir / "checkpoints" / "last.zip")
+CHECKPOINTS = ("last.pt", "last-previous.pt")
+
+
+def _refused_with(checkpoint: bytes, run_dir: Path, refusal: Callable[..., str]) -> str:
+    """The message where no checkpoint can be used; the router that lies in the folder stays as it was."""
+    for name in CHECKPOINTS:
+        (run_dir / "checkpoints" / name).write_bytes(checkpoint)
     router = (run_dir / WEIGHTS).read_bytes()
     message = refusal(main, ["--resume", str(run_dir)])
     assert (run_dir / WEIGHTS).read_bytes() == router
     return message
 
 
-def test_checkpoint_of_a_backbone_of_other_sizes_is_refused(
-    tiny_run: Any, finished: Path, tmp_path: Path, refusal: Callable[..., str]
+@pytest.mark.parametrize(
+    ("change", "actual"),
+    [({"backbone__hidden_size": 16}, "made for this backbone"), ({"pretrain__seed": 1}, "made for this backbone")],
+    ids=["sizes", "weights"],
+)
+def test_checkpoint_of_another_backbone_is_refused(
+    tiny_run: Any, finished: Path, tmp_path: Path, change: dict[str, Any], actual: str, refusal: Callable[..., str]
 ) -> None:
-    """Its observations have another length."""
-    words = tiny_run.words(tmp_path / "run", evaluation__routers="top-k", backbone__hidden_size=16)
-    assert "spaces do not match" in _resume_with_checkpoint_of(finished, words, tmp_path / "run", refusal)
+    """Where only the weights differ everything fits, and yet the router would be a stranger's."""
+    main(tiny_run.words(tmp_path / "run", evaluation__routers="top-k", **change))
+    foreign = (finished / "checkpoints" / "last.pt").read_bytes()
+    assert actual in _refused_with(foreign, tmp_path / "run", refusal)
 
 
-def test_checkpoint_of_a_backbone_with_other_weights_is_refused(
-    tiny_run: Any, finished: Path, tmp_path: Path, refusal: Callable[..., str]
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A whole run of its own."""
+    shutil.copytree(finished, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def _damages(whole: bytes) -> list[bytes]:
+    """Cut in half, empty, no archive, and a byte turned round inside of the weights."""
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
+    return [whole[:middle], b"", b"no archive", flipped]
+
+
+@pytest.mark.parametrize("damage", range(4))
+def test_damaged_checkpoint_is_skipped_with_a_line(
+    tiny_run: Any, finished: Path, copy: Path, damage: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Everything fits, and yet the router would be a stranger's."""
-    words = tiny_run.words(tmp_path / "run", evaluation__routers="top-k", pretrain__seed=1)
-    message = _resume_with_checkpoint_of(finished, words, tmp_path / "run", refusal)
-    assert "checkpoint must be made for this backbone" in message
+    """The one before it is as good: the run ends with the same router."""
+    checkpoint = copy / "checkpoints" / "last.pt"
+    checkpoint.write_bytes(_damages(checkpoint.read_bytes())[damage])
+    main(["--resume", str(copy)])
+    assert f"checkpoint: skipped {checkpoint}" in caplog.text
+    assert tiny_run.same_weights(copy, finished)
 
 
-def test_damaged_checkpoint_is_refused(finished: Path, tmp_path: Path, refusal: Callable[..., str]) -> None:
-    """Cut in half, or no zip at all: one line."""
-    copy = tmp_path / "copy"
-    shutil.copytree(finished, copy)
-    checkpoint = copy / "checkpoints" / "last.zip"
-    whole = checkpoint.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"no zip"):
-        checkpoint.write_bytes(damaged)
-        assert "last.zip" in refusal(main, ["--resume", str(copy)])
+@pytest.mark.parametrize("damage", range(4))
+def test_damaged_checkpoints_are_refused(copy: Path, damage: int, refusal: Callable[..., str]) -> None:
+    """Where none is whole: one line."""
+    whole = (copy / "checkpoints" / "last.pt").read_bytes()
+    assert "last.pt" in _refused_with(_damages(whole)[damage], copy, refusal)
+
+
+def test_a_pickle_for_a_checkpoint_is_refused_and_not_run(copy: Path, refusal: Callable[..., str]) -> None:
+    """A run folder that somebody sends may hold anything."""
+
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (copy / "ran",))
+
+    for kind in (True, False):
+        torch.save(Payload(), copy / "evil.pt", _use_new_zipfile_serialization=kind)
+        assert "last.pt" in _refused_with((copy / "evil.pt").read_bytes(), copy, refusal)
+    assert not (copy / "ran").exists()
+
+
+def test_a_folder_that_another_process_uses_is_refused(copy: Path, refusal: Callable[..., str]) -> None:
+    """Two trainings would write over each other; the lock goes with the process that holds it."""
+    hold = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(1, flush=True); input()"
+    command = [sys.executable, "-c", hold, str(copy / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        rule = "run folder must be used by one process at a time"
+        assert rule in refusal(main, ["--resume", str(copy)])
+        other.kill()
+    main(["--resume", str(copy)])
+
+
+def test_loss_that_is_not_a_number_stops_and_says_where(
+    tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str]
+) -> None:
+    """At the third update, first minibatch; the checkpoint before it is kept and good."""
+    run_dir, loss, calls = tmp_path / "run", RoutingPPO._loss, []
+
+    def astray(self: RoutingPPO, lanes: Any) -> Any:
+        calls.append(1)
+        value, numbers = loss(self, lanes)
+        return (value * float("nan") if len(calls) > 2 * 6 else value), numbers
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RoutingPPO, "_loss", astray)
+        message = refusal(main, tiny_run.words(run_dir, evaluation__routers="top-k"))
+    assert f"got nan first at timestep {3 * tiny_run.transitions}, minibatch 0 of the update" in message
+    main(["--resume", str(run_dir)])
+    assert all(weight.isfinite().all() for weight in tiny_run.weights(run_dir).values())
 
 
 def test_evaluation_of_what_is_no_run_is_refused(finished: Path, tmp_path: Path, refusal: Callable[..., str]) -> None:
@@ -132,6 +203,6 @@ def test_full_disk_at_a_checkpoint_keeps_the_one_before(
 
         patch.setattr(training_run.Run, "save", second_fails)
         assert "No space left on device" in refusal(main, tiny_run.words(run_dir, evaluation__routers="top-k"))
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["last-gates.pt", "last.zip"]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["last-gates.pt", "last.pt"]
     main(["--resume", str(run_dir)])
     assert tiny_run.same_weights(run_dir, finished)

@@ -56,9 +56,13 @@ def test_run_folder_holds_what_the_design_says(tiny_run: Any, finished: Path) ->
     """Every file, TensorBoard's among them, and no scratch file."""
     names = {path.name for path in finished.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents")}
-    assert names - events == tiny_run.files
+    assert names - events == tiny_run.files | {".lock"}
     assert len(events) == 1
-    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["last-gates.pt", "last.zip"]
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == [
+        "last-gates.pt",
+        "last-previous.pt",
+        "last.pt",
+    ]
     assert (finished / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
 
 
