@@ -45,7 +45,7 @@ from evaluation.html_report import run_provenance, write_html_report
 from evaluation.profile import profile_split
 from evaluation.showcase import showcase
 from families import FAMILIES, native_control, possible, wanted_families
-from moe_backbone import Backbone, NativeRouter
+from moe_backbone import Backbone, NativeRouter, ranks
 from moe_backbone.checks import require_at_least
 from moe_backbone.corpus import Corpus
 from moe_backbone.files import locked, write_text_atomic
@@ -190,12 +190,14 @@ def evaluate(context: Context, learned: Mapping[int, LinearRouter], others: Sequ
         learned: The learned router by training seed; empty to score others only.
         others: Further routers to score.
     """
-    specs: list[PointSpec] = [*fixed_points(context), *others]
+    specs: list[PointSpec] = []
     bounds = set()
-    for family in wanted_families(context):
-        made = family.make(context)
-        specs += made
-        bounds |= {spec.name for spec in made if not family.rival}
+    with ranks.first_alone():  # what it searches and trains, the others find
+        specs += [*fixed_points(context), *others]
+        for family in wanted_families(context):
+            made = family.make(context)
+            specs += made
+            bounds |= {spec.name for spec in made if not family.rival}
     for seed, router in learned.items():
         prices = np.geomspace(router.spec.price_low, router.spec.price_high, context.config.num_prices)
         specs += [LearnedPoint(learned=router, price=float(price), seed=seed) for price in prices]
@@ -204,6 +206,7 @@ def evaluate(context: Context, learned: Mapping[int, LinearRouter], others: Sequ
     native = context.held_out.native
     checks = check_native(native, context.held_out.score("native", NativeRouter(), setting={}))
     checks += check_seeds(group_curves(scored).get("learned", []), COMPUTES)
+    measured = context.config.wants(ORACLE, trained=True) and possible(ORACLE, context) and ranks.is_first()
     return Evaluation(
         selection=context.selection,
         held_out=context.held_out,
@@ -212,7 +215,7 @@ def evaluate(context: Context, learned: Mapping[int, LinearRouter], others: Sequ
         bounds=frozenset(bounds),
         checks=checks,
         control=native_control(context),
-        headroom=_headroom(context) if context.config.wants(ORACLE, trained=True) and possible(ORACLE, context) else [],
+        headroom=_headroom(context) if measured else [],
     )
 
 
@@ -354,17 +357,18 @@ def run(config: EvaluateConfig) -> None:
     from policies.trace import replay_point
     from train_rl import load_run, pick_device
 
-    trained, corpus, backbone = load_run(config.run_dir, pick_device(config.device))
+    trained, corpus, backbone = load_run(config.run_dir, ranks.join(pick_device(config.device)))
     load_router(config.run_dir, backbone)  # refuse before anything long
     seeds = range(trained.seed, trained.seed + config.seeds)
     where: dict[str, Any] = {"folder": config.run_dir, "seeds": seeds, "output": config.output}
     context = evaluation_context(backbone, corpus, config.evaluation, **where)
     replayed = [] if config.replay is None else [replay_point(config.replay, backbone)]
     learned = learned_routers(config.run_dir, trained, context)
-    if config.trace is not None:
+    if config.trace is not None and ranks.is_first():
         write_trace(config.trace, learned[trained.seed].at_cost_limit(config.trace_cost_limit), context)
     evaluation = evaluate(context, learned, replayed)
-    write_report(evaluation, context)
+    if ranks.is_first():
+        write_report(evaluation, context)
     if any(check.exact and not check.equal for check in evaluation.checks):
         raise ValueError("native routing must score the same twice, got another score: no figure above can be trusted")
 
@@ -382,6 +386,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    finally:
+        ranks.leave()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from moe_backbone import BackboneConfig
+from moe_backbone import BackboneConfig, ranks
 from moe_backbone.checkpoints import discard_checkpoint
 from moe_backbone.checks import require, require_at_least
 from moe_backbone.continual import Continual, Outcome, continual_key, tune
@@ -138,8 +138,9 @@ def continue_checkpoint(config: TrainBackboneConfig, device: str) -> Outcome:
     sizes = {"max_tokens": config.max_tokens, "seq_len": config.seq_len}
     training = CheckpointContinual(mixture, model, config.tuning, device, partial, **sizes)
     model, outcome = tune(training, reporter(training))
-    model.save_pretrained(config.output)
-    tokenizer.save_pretrained(config.output)
+    if ranks.is_first():
+        model.save_pretrained(config.output)
+        tokenizer.save_pretrained(config.output)
     write_text_atomic(config.output / TRAINING, json.dumps(about(config, mixture, outcome), indent=1) + "\n")
     discard_checkpoint(partial)
     show(mixture, outcome)
@@ -167,6 +168,8 @@ def reporter(training: Continual) -> Callable[[int, float], None]:
 
 def show(mixture: Mixture, outcome: Outcome) -> None:
     """Print losses before and after, forgetting, what learned and what did not."""
+    if not ranks.is_first():
+        return
     table = Table("text", "share", "before", "after", "change", title="test loss, nats a token")
     for name, first, last in zip(mixture.names, mixture.first, mixture.last, strict=True):
         share = f"{first:.3g}" if first == last else f"{first:.3g} to {last:.3g}"
@@ -189,7 +192,7 @@ def run(config: TrainBackboneConfig) -> None:
 
     done = config.output / (TRAINING if config.checkpoint else DESCRIPTION)
     require(not done.exists(), f"output must be a folder without a trained model, got {config.output}")
-    device = pick_device(config.device)
+    device = ranks.join(pick_device(config.device))
     if config.checkpoint is not None:
         continue_checkpoint(config, device)
     elif config.mix:
@@ -212,6 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    finally:
+        ranks.leave()
 
 
 if __name__ == "__main__":

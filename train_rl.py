@@ -4,11 +4,13 @@ python train_rl.py                      # small preset, minutes on a laptop CPU
 python train_rl.py base --device cuda   # larger backbone, one GPU
 python train_rl.py --checkpoint PATH --corpus TEXT    # your own mixture-of-experts model
 python train_rl.py --resume runs/NAME   # go on with an interrupted run
+torchrun --nproc-per-node 4 train_rl.py --run-dir runs/NAME     # on several GPUs or processes
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import shutil
 import sys
@@ -21,7 +23,7 @@ import torch
 import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from moe_backbone import Backbone, MoETransformer
+from moe_backbone import Backbone, MoETransformer, ranks
 from moe_backbone.corpus import Corpus, load_corpus
 from moe_backbone.files import locked
 from moe_backbone.pretrain import load_weights
@@ -64,15 +66,22 @@ def load_run(folder: Path, device: str) -> tuple[TrainConfig, Corpus, Backbone]:
     return config, corpus, backbone
 
 
+def _restarted(config: TrainConfig) -> Path | None:
+    """The folder of the run that torchrun starts again after a rank has died; None at a first start."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    folder = config.run_dir
+    return folder if again and folder is not None and (folder / "config.json").exists() else None
+
+
 def run(config: TrainConfig) -> Path:
     """Train and evaluate; returns the run folder."""
-    started, resumed = time.perf_counter(), config.resume
+    started, resumed = time.perf_counter(), config.resume or _restarted(config)
     if resumed is not None:
         config = read_config(resumed, TrainConfig)
-    device = pick_device(config.device)
+    device = ranks.join(pick_device(config.device))
     parts: Any = load_given(config, device)  # what is wrong with it is told first
     corpus = parts[0] if parts else load_corpus(config.corpus, seq_len=config.backbone.seq_len)
-    folder = resumed or new_run_folder(config.run_dir, config.seed)
+    folder = ranks.broadcast(lambda: resumed or new_run_folder(config.run_dir, config.seed))
     logger.info("run: %s  (TensorBoard: tensorboard --logdir %s)", folder, folder.parent)
     try:
         with locked(folder, "run folder"):
@@ -88,7 +97,7 @@ def run(config: TrainConfig) -> Path:
         logger.info("\nstopped; go on with: python train_rl.py --resume %s", shlex.quote(str(folder)))
         sys.exit(130)
     except (ValueError, OSError):
-        if resumed is None and not (folder / "checkpoints").exists():  # nothing to go on with
+        if resumed is None and ranks.is_first() and not (folder / "checkpoints").exists():  # nothing to go on with
             shutil.rmtree(folder)
         raise
     logger.info(
@@ -125,6 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run(config)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    finally:
+        ranks.leave()
 
 
 if __name__ == "__main__":

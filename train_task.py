@@ -22,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from evaluation import Evaluator, report_console
 from evaluation.task_baselines import TaskScore, baselines
-from moe_backbone import BackboneConfig, MoETransformer
+from moe_backbone import BackboneConfig, MoETransformer, ranks
 from moe_backbone.corpus import load_corpus
 from moe_backbone.pretrain import PretrainConfig, cache_folder, content_key, load_or_train
 from moe_backbone.saved import load_saved, save_backbone
@@ -102,7 +102,7 @@ def run(config: TaskConfig) -> dict[str, Any]:
     """Train, score, save, and return what `backbone.json` says of it."""
     from train_rl import pick_device
 
-    device = pick_device(config.device)
+    device = ranks.join(pick_device(config.device))
     task = load_task(config.task, seq_len=config.seq_len, lookahead=config.lookahead)
     if task.tagging:
         require_seqeval()
@@ -116,7 +116,8 @@ def run(config: TaskConfig) -> dict[str, Any]:
         "tuning": asdict(config.tuning),
     }
     save_backbone(backbone, config.output, about)
-    report_console().print(score_table(task, scores), highlight=False)
+    if ranks.is_first():
+        report_console().print(score_table(task, scores), highlight=False)
     logger.info("backbone: %s", config.output)
     return about
 
@@ -133,6 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    finally:
+        ranks.leave()
 
 
 if __name__ == "__main__":

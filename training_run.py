@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
-from stable_baselines3.common.logger import Figure, configure
+from stable_baselines3.common.logger import Figure, Logger, configure
 from stable_baselines3.common.utils import LinearSchedule
 
 from envs import CorpusSource, RoutingMDP, RoutingVecEnv
 from evaluate_rl import LearnedPoint, evaluate, evaluation_context, write_report
 from evaluation import Evaluator, Scored, loss_at, tradeoff_figure, usage_figure
-from moe_backbone import Backbone, MoETransformer, NativeRouter
+from moe_backbone import Backbone, MoETransformer, NativeRouter, ranks
 from moe_backbone.checkpoints import read_checkpoint, write_checkpoint
 from moe_backbone.checks import require
 from moe_backbone.corpus import Corpus, load_corpus
@@ -30,7 +28,7 @@ from moe_backbone.pretrain import PretrainConfig, backbone_key, cache_folder, fi
 from moe_backbone.saved import load_saved, read_about
 from moe_backbone.tasks import TaskCorpus, load_task
 from policies.calibration import Calibration, calibrate
-from policies.callbacks import GateSteps, PeriodicEvaluation, PeriodicSave, ProgressBar, RoutingMetrics
+from policies.callbacks import GateSteps, PeriodicEvaluation, PeriodicSave, ProgressBar, RoutingMetrics, asked_to_stop
 from policies.cost_limit import SPREAD, CostLimit
 from policies.gating import GateTrainer, GatingConfig
 from policies.linear_router import LinearRouter
@@ -117,7 +115,9 @@ def build_model(config: TrainConfig, backbone: Backbone, corpus: Corpus) -> Rout
     lanes = ppo.num_sequences * config.env.rollouts_per_sequence * backbone.config.seq_len
     source = CorpusSource(corpus.train, backbone.config.seq_len, order=config.order)
     env = RoutingVecEnv(lanes, backbone, source, config.env, seed=config.seed)
-    return RoutingPPO(
+    rule = "ppo.advantage must be leave_one_out under more than one rank"
+    require(ranks.world_size() == 1 or ppo.advantage == "leave_one_out", f"{rule}, got {ppo.advantage}")
+    model = RoutingPPO(
         "RouterPolicy",
         env,
         advantage=ppo.advantage,  # type: ignore[arg-type]
@@ -135,6 +135,10 @@ def build_model(config: TrainConfig, backbone: Backbone, corpus: Corpus) -> Rout
         # rows of kept keys are counted on the host, and a checkpoint's own code may do anything
         cuda_graph=config.head_meaning == "query" and config.checkpoint is None,
     )
+    if not ranks.is_first():  # weights begin equal, draws do not
+        env.seed(ranks.own_seed(config.seed))
+        torch.manual_seed(ranks.own_seed(config.seed))
+    return model
 
 
 def build_gates(
@@ -145,7 +149,7 @@ def build_gates(
     rules = replace(config.env, rollouts_per_sequence=1, action="subset")
     source = CorpusSource(corpus.train, backbone.config.seq_len)
     mdp = RoutingMDP(backbone, source, rules, num_sequences=gating.num_sequences)
-    generator = np.random.default_rng(config.seed)
+    generator = np.random.default_rng(ranks.own_seed(config.seed))
 
     def restore(state: Any) -> None:
         generator.bit_generator.state = state
@@ -196,7 +200,7 @@ class Run:
         self.gates = self._build_gates()
         if read_checkpoint(self.checkpoint, "checkpoint", self._restore, self.model.device):
             logger.info("going on at timestep %d of %d", self.model.num_timesteps, self.total_timesteps)
-        self.model.set_logger(configure(str(folder), ["tensorboard"]))
+        self.model.set_logger(configure(str(folder), ["tensorboard"]) if ranks.is_first() else Logger(None, []))
         device = next(backbone.parameters()).device
         self.validation = Evaluator(backbone, corpus.validation, max_tokens=8192, device=device)
         self.context = evaluation_context(backbone, corpus, config.evaluation, folder=folder, seeds=[config.seed])
@@ -226,7 +230,7 @@ class Run:
         if remaining > 0:
             saver = PeriodicSave(self.save, self.config.checkpoint_every)
             bar = ProgressBar(self.total_timesteps)
-            with _asked_to_stop(saver), closing(bar):
+            with asked_to_stop(saver), closing(bar):
                 fresh = self.model.num_timesteps == 0
                 if fresh and not self.gates.run(stop=lambda: saver.stop_requested):
                     raise KeyboardInterrupt
@@ -247,7 +251,8 @@ class Run:
                 self.model.logger.record(f"warm_start/{name}", value)
             self.model.logger.dump(step)
 
-        updates = math.ceil(self.total_timesteps / (self.model.n_envs * self.model.n_steps))
+        update = self.model.n_envs * self.model.n_steps * ranks.world_size()
+        updates = math.ceil(self.total_timesteps / update)
         later = self.gating.per_update * (updates - 1)
         kept = self.folder / "checkpoints" / f"{self._stage}-gates.pt"
         parts = (self.corpus, self.backbone)
@@ -283,7 +288,7 @@ class Run:
             callbacks.append(GateSteps(self.gates, self.gating.per_update))
         if config.cost_limit is not None:
             callbacks.append(self._cost_limit())
-        if config.eval_times:
+        if config.eval_times and ranks.is_first():
             callbacks.append(PeriodicEvaluation(self.look, config.eval_times))
         return CallbackList([*callbacks, bar])
 
@@ -311,6 +316,8 @@ class Run:
     def evaluate(self) -> None:
         """Score the learned router and all fixed ones on the test documents."""
         evaluation = evaluate(self.context, {self.config.seed: self.router})
+        if not ranks.is_first():
+            return
         figure = write_report(evaluation, self.context)
         self.model.logger.record(
             "figures/all_routers", Figure(figure, close=False), exclude=("stdout", "log", "json", "csv")
@@ -372,21 +379,3 @@ def tuned_natively(config: TrainConfig, corpus: Corpus, device: str) -> MoETrans
         backbone = fine_tune(path, corpus, start, settings, lambda generator: NativeRouter(), device)
     backbone.head_meaning = config.head_meaning
     return backbone
-
-
-@contextmanager
-def _asked_to_stop(saver: PeriodicSave) -> Iterator[None]:
-    """While open, the first SIGINT or SIGTERM asks `saver` to stop; the next one acts as it always does."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: object) -> None:
-        saver.stop_requested = True
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

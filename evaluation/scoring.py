@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from evaluation.curves import Scored
 from evaluation.evaluator import Evaluator, PointSpec
 from evaluation.points import Point
+from moe_backbone import ranks
 
 
 def score_all(specs: Sequence[PointSpec], selection: Evaluator, held_out: Evaluator) -> list[Scored]:
-    """Score in order, behind a progress bar that shows the time left.
+    """Score in order, shared out over ranks, behind a progress bar that shows the time left.
 
     A spec may also have `price` (nats per native compute), `seed` (else one in its setting is taken), and
     `score_on(evaluator)`, which gives the point where running `router` on the evaluator's backbone would not.
@@ -22,11 +21,12 @@ def score_all(specs: Sequence[PointSpec], selection: Evaluator, held_out: Evalua
         selection: Windows that choose.
         held_out: Windows that are reported.
     """
-    scored = []
-    for spec in (bar := tqdm(specs, desc="evaluating", unit="setting", dynamic_ncols=True, disable=None)):
+    own, scored = specs[ranks.rank() :: ranks.world_size()], []
+    for spec in (bar := ranks.bar(own, desc="evaluating", unit="setting", dynamic_ncols=True, disable=None)):
         bar.set_postfix_str(spec.name)
         scored.append(Scored(selection=_score(spec, selection), held_out=_score(spec, held_out)))
-    return scored
+    parts = ranks.gather(scored)
+    return [parts[place % len(parts)][place // len(parts)] for place in range(len(specs))]
 
 
 def _score(spec: PointSpec, evaluator: Evaluator) -> Point:

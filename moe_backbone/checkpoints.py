@@ -10,6 +10,7 @@ from zipfile import BadZipFile, ZipFile
 
 import torch
 
+from moe_backbone import ranks
 from moe_backbone.files import DAMAGE, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ def _places(path: Path) -> tuple[Path, Path, Path]:
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint; the one before it stays beside it.
+    """Write a checkpoint, by the first rank; the one before it stays beside it.
 
     Args:
         path: Where the newest one lies.
@@ -34,6 +35,8 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError: As the file system raises; the older ones are still there then.
     """
+    if not ranks.is_first():
+        return
     for scratch in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
         scratch.unlink(missing_ok=True)
     fresh, _, before = _places(path)
@@ -81,6 +84,8 @@ def _load(path: Path, device: Any) -> dict[str, Any]:
 
 
 def discard_checkpoint(path: Path) -> None:
-    """Remove a checkpoint and the one before it, as the work is done."""
+    """Remove a checkpoint and the one before it, as the work is done; by the first rank."""
+    if not ranks.is_first():
+        return
     for place in _places(path):
         place.unlink(missing_ok=True)

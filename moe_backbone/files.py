@@ -13,6 +13,8 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from moe_backbone import ranks
+
 Read = TypeVar("Read")
 DAMAGE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError)
 """What readers of weights raise at files that are cut off, overwritten or of another program."""
@@ -21,6 +23,8 @@ DAMAGE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyEr
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file through a temporary one, so that a reader sees the old file or the new one, never a part.
 
+    Of the ranks of a job the first one writes, and the others do nothing.
+
     Args:
         path: Where the file ends up; its folder is made.
         write: Called with the temporary path.
@@ -28,6 +32,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: As `write` or the file system raise; the old file is still there then.
     """
+    if not ranks.is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
@@ -56,7 +62,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path, what: str, *, waiting: Callable[[], object] | None = None) -> Iterator[None]:
-    """Hold `path` for this process meanwhile; a process that is killed lets go of it.
+    """Hold `path` for this process and the other ranks of its job meanwhile; one that is killed lets go of it.
 
     Args:
         path: What is held; the lock lies beside it, or in it if it is a folder.
@@ -66,6 +72,9 @@ def locked(path: Path, what: str, *, waiting: Callable[[], object] | None = None
     Raises:
         ValueError: If another process holds it.
     """
+    if not ranks.is_first():
+        yield
+        return
     place = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
     place.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(place)

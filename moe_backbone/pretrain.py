@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from moe_backbone import ranks
 from moe_backbone.checkpoints import discard_checkpoint, read_checkpoint, write_checkpoint
 from moe_backbone.checks import require, require_finite
 from moe_backbone.config import BackboneConfig
@@ -90,11 +90,12 @@ def train_once(path: Path, config: BackboneConfig, begin: Callable[[Path], Pretr
     """The backbone kept at `path`, frozen on `device`; trained first if it is not there, from where it was stopped."""
     backbone = MoETransformer(config)
     partial = path.with_suffix(".partial")
-    if not path.exists():
+    if not ranks.broadcast(path.exists):
         with locked(partial, "backbone", waiting=lambda: logger.info("backbone: another process trains it; waiting")):
-            if not path.exists():
+            if not ranks.broadcast(path.exists):
                 trained = begin(partial).run()
-                write_atomic(path, lambda temporary: save_file(trained.cpu().state_dict(), temporary))
+                with ranks.first_alone():
+                    write_atomic(path, lambda temporary: save_file(trained.cpu().state_dict(), temporary))
                 discard_checkpoint(partial)
     load_weights(backbone, path)
     return backbone.requires_grad_(False).eval().to(device)
@@ -126,6 +127,9 @@ class Pretraining:
     ) -> None:
         """Seeded weights, or those of `start`, or those of an interrupted run if `partial` exists."""
         torch.manual_seed(pretrain.seed)
+        share = pretrain.sequences // 2 if pretrain.consistency else pretrain.sequences
+        rule = f"pretrain.sequences must be spread evenly over {ranks.world_size()} ranks"
+        require(share % ranks.world_size() == 0, f"{rule}, got {pretrain.sequences}")
         self.corpus, self.config, self.pretrain, self.device, self.partial = corpus, config, pretrain, device, partial
         self.backbone = self._begin(start).to(device)
         self.optimizer = torch.optim.AdamW(
@@ -135,7 +139,7 @@ class Pretraining:
             weight_decay=pretrain.weight_decay,
         )
         self.batches = np.random.default_rng(pretrain.seed)
-        self.noise = torch.Generator().manual_seed(pretrain.seed)
+        self.noise = torch.Generator().manual_seed(ranks.own_seed(pretrain.seed))
         self.scaler = loss_scaler(pretrain.precision, device)
         self.step, self.best_loss, self.best_step = 0, math.inf, 0
         self.step_losses: list[Tensor] = []
@@ -158,7 +162,7 @@ class Pretraining:
             report: Called with the step and the validation loss in nats a token at every look.
         """
         total = self.pretrain.steps
-        with tqdm(total=total, initial=self.step, desc=self.title, unit="step", dynamic_ncols=True) as bar:
+        with ranks.bar(total=total, initial=self.step, desc=self.title, unit="step", dynamic_ncols=True) as bar:
             while self.step < total and self._looks_without_gain() < self.pretrain.patience:
                 self._train_step()
                 bar.update()
@@ -172,7 +176,8 @@ class Pretraining:
 
     def _train_step(self) -> None:
         settings = self.pretrain
-        tokens, targets = self._draw(math.ceil(settings.sequences / 2) if self._twice else settings.sequences)
+        drawn = self._draw(math.ceil(settings.sequences / 2) if self._twice else settings.sequences)
+        tokens, targets = (part[ranks.rank() :: ranks.world_size()] for part in drawn)
         if self._twice:
             tokens, targets = tokens.repeat(2, 1), targets.repeat(2, 1)
         loss = self._loss(tokens.to(self.device), targets.to(self.device))
@@ -180,6 +185,7 @@ class Pretraining:
             group["lr"] = settings.learning_rate * learning_rate_factor(self.step, settings.steps)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        ranks.average_gradients(self.backbone.parameters())
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), 1.0)
         self.scaler.step(self.optimizer)
@@ -253,7 +259,10 @@ class Pretraining:
 
     def _state(self) -> dict[str, Any]:
         state = {name: getattr(self, name) for name in ("step", "best_loss", "best_step", "best_weights")}
-        generators = {"batches": json.dumps(self.batches.bit_generator.state), "noise": self.noise.get_state()}
+        generators = {
+            "batches": json.dumps(self.batches.bit_generator.state),
+            "noise": ranks.gather(self.noise.get_state()),
+        }
         learners = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         return state | generators | learners | {"weights": self._weights()}
 
@@ -264,7 +273,8 @@ class Pretraining:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state.get("scaler", {}))
         self.batches.bit_generator.state = json.loads(state["batches"])
-        self.noise.set_state(state["noise"].cpu())
+        if (noise := ranks.own_part(state["noise"])) is not None:
+            self.noise.set_state(noise.cpu())
         logger.info("backbone: going on at step %d of an interrupted training", self.step)
 
 

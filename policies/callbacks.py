@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from stable_baselines3.common.logger import Figure, HParam
 from torch import Tensor
 from tqdm import tqdm
 
+from moe_backbone import ranks
 from moe_backbone.quality import mean_scored, token_correct, token_log_likelihood
 from moe_backbone.sites import RoutingSite
 from policies.gating import GateTrainer
@@ -112,7 +115,7 @@ class ProgressBar(BaseCallback):
         self._bar: tqdm[Any] | None = None
 
     def _on_training_start(self) -> None:
-        self._bar = tqdm(
+        self._bar = ranks.bar(
             total=self.total_timesteps,
             initial=self.model.num_timesteps,
             desc="training",
@@ -196,7 +199,7 @@ class PeriodicEvaluation(BaseCallback):
 
 
 class PeriodicSave(BaseCallback):
-    """Calls `save` between updates: every so many, and when a stop was asked for, which ends the training.
+    """Calls `save` between updates: every so many, and when a stop was asked for on any rank, which ends the training.
 
     Raises:
         KeyboardInterrupt: After saving, if `stop_requested` was set.
@@ -217,8 +220,27 @@ class PeriodicSave(BaseCallback):
         return True
 
     def _on_rollout_start(self) -> None:
-        if self.stop_requested or (self._updates and self._updates % self.every == 0):
+        stop = ranks.any_rank(self.stop_requested)
+        if stop or (self._updates and self._updates % self.every == 0):
             self.save()
-        if self.stop_requested:
+        if stop:
             raise KeyboardInterrupt
         self._updates += 1
+
+
+@contextmanager
+def asked_to_stop(saver: PeriodicSave) -> Iterator[None]:
+    """While open, the first SIGINT or SIGTERM asks `saver` to stop; the next one acts as it always does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: object) -> None:
+        saver.stop_requested = True
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

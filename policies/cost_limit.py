@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
+from moe_backbone import ranks
 from moe_backbone.checks import require
 
 SPREAD = 1.25
@@ -73,7 +75,7 @@ class CostLimit(BaseCallback):
             mdp.meter.compute(index, subset[:, : site.num_units], mdp.state.positions).mean()
             for index, (site, subset) in enumerate(zip(mdp.backbone.sites, chosen, strict=True))
         ]
-        return float(sum(compute))
+        return float(ranks.average(torch.as_tensor(sum(compute))))
 
     @property
     def _mdp(self) -> Any:

@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from moe_backbone import ranks
 from moe_backbone.checkpoints import read_checkpoint, write_checkpoint
 from moe_backbone.checks import require, require_at_least, require_finite
 from moe_backbone.compute import ComputeMeter, load_excess
@@ -141,7 +141,7 @@ class GateTrainer:
         self.credit, self.balance_price, self.cache_price = credit, balance_price, cache_price
         self.total = config.steps + later_steps
         self.meter = ComputeMeter(backbone.sites, backbone.config.seq_len)
-        self.noise = torch.Generator().manual_seed(seed)
+        self.noise = torch.Generator().manual_seed(ranks.own_seed(seed))
         maps, constants = [router.weight, router.price_weight], list(router.compensation_parameters())
         self.groups = [group for group in (maps, constants) if group]
         self.optimizer = torch.optim.Adam(maps + constants, lr=config.learning_rate, eps=1e-5)
@@ -150,10 +150,15 @@ class GateTrainer:
             read_checkpoint(checkpoint, "gates", self.restore, router.weight.device)
 
     def run(self, *, progress: bool = True, stop: Callable[[], bool] = lambda: False) -> bool:
-        """Train for the configured steps; False if `stop`, asked before each, ended it, after a checkpoint was kept."""
+        """Train for the configured steps; False if `stop`, asked before each, ended it, after a checkpoint was kept.
+
+        Ranks stop together.
+        """
         end, every = self.config.steps, self.config.save_every
-        with tqdm(total=end, initial=self.step, desc="gates", unit="step", disable=None if progress else True) as bar:
-            while self.step < end and not stop():
+        with ranks.bar(
+            total=end, initial=self.step, desc="gates", unit="step", disable=None if progress else True
+        ) as bar:
+            while self.step < end and not ranks.any_rank(stop()):
                 figures = self.train(1)
                 bar.update()
                 if self.step % every == 0 or self.step == end:
@@ -187,6 +192,7 @@ class GateTrainer:
         loss, compute = self._loss(self.draw())
         self.optimizer.zero_grad()
         loss.backward()
+        ranks.average_gradients(weight for weights in self.groups for weight in weights)
         for weights in self.groups:
             torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm)
         self.optimizer.step()
@@ -249,20 +255,22 @@ class GateTrainer:
         self.router.sharpness = first + (last - first) * self.step / max(1, self.total)
 
     def state(self) -> dict[str, Any]:
-        """Everything that `restore` needs to go on to the bit."""
+        """Everything that `restore` needs to go on to the bit, on all ranks."""
         kept = json.dumps(self.generators[0]()) if self.generators else ""
-        state = {"step": self.step, "noise": self.noise.get_state(), "generators": kept}
+        draws = ranks.gather({"noise": self.noise.get_state(), "generators": kept})
+        state = {"step": self.step, "draws": draws}
         return state | {"router": self.router.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
         self.step = state["step"]
-        self.noise.set_state(state["noise"].cpu())
         self.router.load_state_dict(state["router"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._sharpen()
-        if self.generators and state["generators"]:
-            self.generators[1](json.loads(state["generators"]))
+        if (draws := ranks.own_part(state["draws"])) is not None:
+            self.noise.set_state(draws["noise"].cpu())
+            if self.generators and draws["generators"]:
+                self.generators[1](json.loads(draws["generators"]))
 
     def _write(self) -> None:
         if self.checkpoint is not None:

@@ -16,6 +16,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from moe_backbone import ranks
 from moe_backbone.checks import require_finite
 from moe_backbone.precision import Precision, loss_scaler, require_precision
 from policies.bits import bits_log_prob, bits_terms
@@ -55,8 +56,9 @@ class RoutingPPO(TensorPPO):
     critic is trained and gamma is 1. Costs enter as expectations under the policy, not as sampled: those of later
     sites in the return, that of the site itself as a differentiable term of the loss. That leaves the gradient's
     mean as it is and takes noise out of it. What a unit costs may depend on what other lanes drew, as a share of the
-    load does; that is taken as given. Tensors stay where the environment has them. With `advantage="gae"`
-    it is SB3's own PPO, see `TensorPPO`.
+    load does; that is taken as given. Tensors stay where the environment has them. Under torchrun every rank has lanes
+    of its own, and `num_timesteps` counts those of all; gradients are averaged, advantages scaled by their spread on
+    each rank. With `advantage="gae"` it is SB3's own PPO, see `TensorPPO`.
 
     Args:
         policy: `RouterPolicy`, or for `gae` any SB3 policy.
@@ -135,7 +137,7 @@ class RoutingPPO(TensorPPO):
         return [*super()._excluded_save_params(), "_episode", "_graph", "scaler"]
 
     def state(self) -> dict[str, Any]:
-        """Everything that `restore` needs to go on to the bit: tensors and plain values, which load without code."""
+        """What `restore` needs to go on to the bit, on all ranks: tensors and plain values, which load without code."""
         algorithm, keys, *place = np.random.get_state(legacy=True)
         generators = {
             "torch": torch.get_rng_state(),
@@ -148,7 +150,13 @@ class RoutingPPO(TensorPPO):
         scaler = self.scaler.state_dict() if self.precision == "fp16" else None
         counted = {name: getattr(self, name) for name in COUNTERS if hasattr(self, name)}
         episodes = list(self.ep_info_buffer or ())
-        return {**learned, "scaler": scaler, "counters": counted, "episodes": episodes, "generators": generators}
+        return {
+            **learned,
+            "scaler": scaler,
+            "counters": counted,
+            "episodes": episodes,
+            "draws": ranks.gather(generators),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave, in an environment of the same rules."""
@@ -160,7 +168,8 @@ class RoutingPPO(TensorPPO):
             setattr(self, name, value)
         self.ep_info_buffer = deque(state["episodes"], maxlen=self._stats_window_size)
         self.ep_success_buffer = deque(maxlen=self._stats_window_size)
-        self._restore_generators(state["generators"])
+        if (draws := ranks.own_part(state["draws"])) is not None:
+            self._restore_generators(draws)
 
     def _restore_generators(self, states: dict[str, Any]) -> None:
         if states["env"] is not None:
@@ -194,7 +203,7 @@ class RoutingPPO(TensorPPO):
         with self._lowered():
             self._episode, rewards = self._run_episode(env)
         for _ in rewards:
-            self.num_timesteps += env.num_envs
+            self.num_timesteps += env.num_envs * ranks.world_size()
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
@@ -279,7 +288,7 @@ class RoutingPPO(TensorPPO):
         lanes = min(num_lanes, max(1, self.batch_size // num_sites))
         for rows in torch.randperm(num_lanes, device=episode.actions.device).split(lanes):
             loss, numbers = self._loss(Episode(*(part.index_select(1, rows) for part in episode)))
-            if self.target_kl is not None and numbers[0] > 1.5 * self.target_kl:
+            if self.target_kl is not None and ranks.average(numbers[0]) > 1.5 * self.target_kl:
                 return False
             stats.append(torch.stack((*numbers, loss.detach(), self._descend(loss))))
         return True
@@ -315,6 +324,7 @@ class RoutingPPO(TensorPPO):
         assert isinstance(self.policy, RouterPolicy)
         self.policy.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
+        ranks.average_gradients(self.policy.optimizer.param_groups[0]["params"])
         self.scaler.unscale_(self.policy.optimizer)
         weights = self.policy.optimizer.param_groups[0]["params"]
         norm = torch.nn.utils.clip_grad_norm_(weights, self.max_grad_norm, foreach=True)
