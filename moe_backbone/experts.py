@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,6 +36,8 @@ class ExpertLayer(nn.Module):
         if config.mixing == "gate_vector":
             self.vector = nn.Parameter(torch.zeros(config.num_experts, width))
         self._scaled = Derived(scaled_by_vector)
+        self.run_experts: Callable[..., Tensor] = expert_mlp
+        """What computes the weighted sum; another where experts are spread over ranks."""
         self.shared: nn.ModuleList | None = None
         if config.shared_intermediate_size:
             shared = config.shared_intermediate_size
@@ -85,7 +89,7 @@ class ExpertLayer(nn.Module):
         """Weighted sum of the chosen experts (num_tokens, hidden_size)."""
         weights = mixing_weights(scores, subset, self.mixing)
         if self.vector is None:
-            return expert_mlp(rows, weights, subset, self.gate_up, self.down, backend)
+            return self.run_experts(rows, weights, subset, self.gate_up, self.down, backend)
         down, factors = self._scaled(self.down, self.vector)
         total = weights @ factors
         update = expert_mlp(rows, weights, subset, self.gate_up, down, backend)
