@@ -166,7 +166,7 @@ def build_gates(
         gating,
         quality=quality,
         credit=config.env.credit,
-        balance_price=config.env.balance_price,
+        load_prices=config.env.load_prices,
         cache_price=config.env.cache_price,
         seed=config.seed,
         generators=generators,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_backbone.checks import require_at_least, require_price
+from moe_backbone.checks import require, require_at_least, require_price
+from moe_backbone.loads import LoadPrices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,12 @@ class EnvConfig:
     """What an uneven load of the experts costs, nats: at each expert site a lane also pays this times the sum over its
     chosen units of (num_experts * share of the site's load - 1) / native_units. Means over lanes are this times (mean
     units / native_units) * CV**2 of the loads, which is 0 where they are even. For vector environments only."""
+    nodes: int = 0
+    """Nodes that the experts lie on, expert e on node e modulo nodes; 0 for none. With them `balance_price` is for
+    uneven loads of the nodes."""
+    send_price: float = 0.0
+    """What it costs to send a token to a node, nats: a lane pays it at each expert site for every node that has any of
+    its chosen experts. Needs `nodes`; for vector environments only."""
     cache_price: float = 0.0
     """What the native keys and values of a token count beside its native compute, as a fraction of native compute: a
     step's cost is its compute plus this times the share of the native cache that the token leaves there. Above 0 only
@@ -53,7 +60,8 @@ class EnvConfig:
         if self.price_high < self.price_low:
             raise ValueError(f"price_high must be at least price_low={self.price_low}, got {self.price_high}")
         require_at_least(self, 1, "rollouts_per_sequence", "ranked_units")
-        require_at_least(self, 0, "native_cache_mb", "balance_price", "cache_price")
+        require_at_least(self, 0, "native_cache_mb", "balance_price", "cache_price", "nodes", "send_price")
+        require(self.nodes > 0 or self.send_price == 0, f"send_price must be 0 without nodes, got {self.send_price}")
         for name, known in (
             ("quality", ("kl", "log_likelihood", "accuracy")),
             ("credit", ("token", "sequence")),
@@ -61,3 +69,8 @@ class EnvConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+    @property
+    def load_prices(self) -> LoadPrices:
+        """What loads and nodes cost."""
+        return LoadPrices(balance=self.balance_price, send=self.send_price, nodes=self.nodes)

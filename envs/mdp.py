@@ -24,7 +24,7 @@ from envs.token_source import TokenSource
 from moe_backbone import Backbone, ComputeMeter, best_units
 from moe_backbone.checks import require, require_price
 from moe_backbone.compensation import Compensation
-from moe_backbone.compute import earlier_keys, load_excess
+from moe_backbone.compute import earlier_keys
 from moe_backbone.precision import full_precision
 from moe_backbone.quality import credited
 from moe_backbone.transformer import RoutingState
@@ -42,7 +42,7 @@ class Step:
         quality: Zeros before the last site.
         terminated: Whether this was the last site; the same for all lanes.
         truncated: Always False: an episode is never cut off.
-        balance: What the loads of the chosen units cost, nats; None where no balance is priced.
+        balance: What loads and nodes of the chosen units cost, nats; None where neither is priced.
     """
 
     observation: Tensor
@@ -80,6 +80,7 @@ class RoutingMDP:
         rule = "cache_price must be 0 where every token leaves all keys and values (head_meaning query)"
         require(self.drops_keys or config.cache_price == 0, f"{rule}, got {config.cache_price}")
         self.backbone, self.source, self.config = backbone, source, config
+        self.load_prices = config.load_prices
         self.num_sequences = num_sequences
         self.device = next(backbone.parameters()).device
         self.meter = ComputeMeter(backbone.sites, source.seq_len)
@@ -183,7 +184,7 @@ class RoutingMDP:
         """
         subset, price = self.decode(action), self.price
         cost = self._cost(subset)
-        balance = self.balance(self._rollout.site_index, subset) if self.config.balance_price else None
+        balance = self.balance(self._rollout.site_index, subset) if self.load_prices.any else None
         self._rollout.advance(subset, self.compensation)
         self.subsets.append(subset)
         terminated = self._rollout.ended
@@ -236,7 +237,7 @@ class RoutingMDP:
 
         Then `unit_prices` says it, not `unit_price`.
         """
-        return self.config.balance_price > 0 or self.drops_keys
+        return self.load_prices.any or self.drops_keys
 
     def unit_prices(self, action: Tensor) -> Tensor:
         """What each unit of the current site costs each lane when all lanes act like this, whether it uses it or not.
@@ -251,7 +252,8 @@ class RoutingMDP:
         if self.meter.sites[index].drops_keys:
             prices = self.price.unsqueeze(1) * self._unit_costs(index, subset)
         else:
-            prices = self.unit_price.unsqueeze(1) + self._unit_balance(index, subset)
+            loads = self.load_prices.unit_prices(subset, self.backbone.sites[index])
+            prices = self.unit_price.unsqueeze(1) + loads
         return torch.nn.functional.pad(prices, (0, self.layout.max_units - subset.shape[1]))
 
     def _unit_costs(self, index: int, subset: Tensor) -> Tensor:
@@ -263,26 +265,19 @@ class RoutingMDP:
         return (flops / meter.native_flops + self.config.cache_price * share).float()
 
     def balance(self, index: int, subset: Tensor) -> Tensor:
-        """What the loads of the chosen units at site `index` cost each lane, nats (num_lanes,), float32.
+        """What loads and nodes of the chosen units at site `index` cost each lane, nats (num_lanes,), float32.
 
-        A mean-field term: every lane takes the loads of all lanes, its own use in them, as given.
+        The part of loads is a mean-field term: every lane takes those of all lanes, its own use in them, as given.
 
         Args:
             index: Which site; it costs nothing at heads.
             subset: What all lanes use there, bool (num_lanes, num_units).
 
         Example: of four lanes three use expert 0 and one expert 1, natively one of two: at a `balance_price` of .1 the
-        three pay .05 and the one gets .05; see `load_excess`.
+        three pay .05 and the one gets .05; see `load_excess` and `LoadPrices`.
         """
         with full_precision(subset.device):
-            return subset.float() @ self._unit_balance(index, subset)
-
-    def _unit_balance(self, index: int, subset: Tensor) -> Tensor:
-        """What the load of each unit costs a lane that uses it, nats (num_units,)."""
-        site = self.backbone.sites[index]
-        if site.kind != "experts" or not self.config.balance_price:
-            return torch.zeros(site.num_units, device=subset.device)
-        return self.config.balance_price * load_excess(subset, site.native_units)
+            return self.load_prices.paid(subset, self.backbone.sites[index])
 
     def decode(self, action: Tensor) -> Tensor:
         """Subset of the current site that an action means: bool (num_lanes, num_units)."""

@@ -59,6 +59,8 @@ class RoutingEnv(gym.Env[np.ndarray, Any]):
             raise ValueError(f"credit must be 'token' when tokens are decoded one by one, got {config.credit!r}")
         if config.rollouts_per_sequence != 1:
             raise ValueError(f"rollouts_per_sequence must be 1 for one lane, got {config.rollouts_per_sequence}")
+        if config.send_price:
+            raise ValueError(f"send_price must be 0 for one lane, got {config.send_price}")
         if config.balance_price:
             raise ValueError(
                 f"balance_price must be 0 for one lane, as a load over one token means nothing, "

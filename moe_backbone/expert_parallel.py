@@ -69,7 +69,9 @@ class SpreadExperts:
         parcels = [self._parcel(hidden, weights, where, node, tokens) for node, tokens in enumerate(leaving)]
         counts = [len(tokens) for tokens in leaving]
         started = time.perf_counter()
-        arriving = torch.stack(ranks.gather(torch.tensor(counts)))[:, ranks.rank()].tolist()
+        arriving = (
+            self._exchange(torch.tensor(counts, device=hidden.device).unsqueeze(1), None, None).flatten().tolist()
+        )
         arrived = self._exchange(torch.cat(parcels), counts, arriving)
         received = time.perf_counter()
         rows, weight, mask = arrived.split((hidden.shape[1], self._width, self._width), dim=1)
@@ -97,11 +99,11 @@ class SpreadExperts:
         return parcel
 
     @staticmethod
-    def _exchange(rows: Tensor, leaving: list[int], arriving: list[int]) -> Tensor:
-        """Rows of this rank for all, in their order, against those of all for this one."""
+    def _exchange(rows: Tensor, leaving: list[int] | None = None, arriving: list[int] | None = None) -> Tensor:
+        """Rows of this rank for all, in their order, against those of all for this one; None for one row each."""
         if ranks.world_size() == 1:
             return rows
-        received = rows.new_empty(sum(arriving), rows.shape[1])
+        received = rows.new_empty(len(rows) if arriving is None else sum(arriving), rows.shape[1])
         dist.all_to_all_single(received, rows.contiguous(), arriving, leaving)
         return received
 

@@ -67,7 +67,7 @@ def episode_metrics(mdp: Any) -> dict[str, float]:
     if mdp.drops_keys:
         kept = sum(mdp.meter.cache_bytes(*place) for place in enumerate(mdp.subsets)) / mdp.meter.native_cache_bytes
         cost, extra["routing/cache"] = compute + mdp.config.cache_price * kept, kept.mean()
-    if mdp.config.balance_price:
+    if mdp.load_prices.any:
         extra["reward/balance"] = -sum(mdp.balance(*place).mean() for place in enumerate(mdp.subsets))
     metrics = {
         "reward/cost": -(price * cost).mean(),

@@ -14,7 +14,8 @@ from torch import Tensor
 from moe_backbone import ranks
 from moe_backbone.checkpoints import read_checkpoint, write_checkpoint
 from moe_backbone.checks import require, require_at_least, require_finite
-from moe_backbone.compute import ComputeMeter, load_excess
+from moe_backbone.compute import ComputeMeter
+from moe_backbone.loads import LoadPrices
 from moe_backbone.quality import credited, token_divergence, token_log_likelihood, tokens_per_scored
 from moe_backbone.sites import SiteView
 from policies.linear_router import LinearRouter
@@ -93,7 +94,7 @@ class Spent(NamedTuple):
     cache: Tensor
     """Share of the native keys and values that it keeps; zeros where these are not priced."""
     balance: Tensor
-    """Load of its experts beyond an even share, see `load_excess`; zeros where it is not priced."""
+    """What loads and nodes of its experts cost, nats, see `LoadPrices`; zeros where they are not priced."""
 
 
 class GateTrainer:
@@ -106,7 +107,7 @@ class GateTrainer:
         config: How.
         quality: `kl` or `log_likelihood`, as in the environment.
         credit: `token` or `sequence`, as in the environment; they differ where some tokens are not scored.
-        balance_price: As in the environment, nats; loads are expected ones, taken as given.
+        load_prices: As in the environment; loads are expected ones, taken as given.
         cache_price: As in the environment, a fraction of native compute.
         seed: Of the sampled units.
         checkpoint: File to go on from if it exists, and to keep the training in; None for neither.
@@ -127,7 +128,7 @@ class GateTrainer:
         *,
         quality: str = "kl",
         credit: str = "token",
-        balance_price: float = 0.0,
+        load_prices: LoadPrices | None = None,
         cache_price: float = 0.0,
         seed: int = 0,
         checkpoint: Path | None = None,
@@ -138,7 +139,7 @@ class GateTrainer:
         require(quality in ("kl", "log_likelihood"), f"quality must be kl or log_likelihood for gates, got {quality}")
         self.router, self.backbone, self.draw, self.config, self.quality = router, backbone, draw, config, quality
         self.checkpoint, self.report, self.generators, self.step = checkpoint, report, generators, 0
-        self.credit, self.balance_price, self.cache_price = credit, balance_price, cache_price
+        self.credit, self.load_prices, self.cache_price = credit, load_prices or LoadPrices(), cache_price
         self.total = config.steps + later_steps
         self.meter = ComputeMeter(backbone.sites, backbone.config.seq_len)
         self.noise = torch.Generator().manual_seed(ranks.own_seed(seed))
@@ -218,8 +219,8 @@ class GateTrainer:
         paid = lost.flatten() + price * spent.compute
         if self.cache_price:
             paid = paid + self.cache_price * price * spent.cache
-        if self.balance_price:
-            paid = paid + self.balance_price * spent.balance
+        if self.load_prices.any:
+            paid = paid + spent.balance
         return (weight * paid).mean(), spent.compute
 
     def _episode(self, tokens: Tensor, price: Tensor) -> tuple[Tensor, Spent]:
@@ -242,8 +243,7 @@ class GateTrainer:
             compute = compute + self.meter.expected_compute(view.index, chance, positions)
             if self.cache_price:
                 cache = cache + self.meter.cache_bytes(view.index, chance) / self.meter.native_cache_bytes
-            if self.balance_price and view.site.kind == "experts":
-                balance = balance + chance @ load_excess(chance, view.site.native_units)
+            balance = balance + self.load_prices.paid(chance, view.site)
         return self.backbone.finish(state), Spent(compute, cache, balance)
 
     def _uniform(self, like: Tensor) -> Tensor:
