@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from training_config import TrainConfig
 
 logger = logging.getLogger("train_rl")
 
+Watch = Callable[["Run", dict[str, float]], object]
 ADAPTED = "backbone.safetensors"
 NATIVE_SHARE = 0.3
 """Share of the sequences on which an adapted backbone is trained under native routing."""
@@ -189,6 +191,7 @@ class Run:
         self, config: TrainConfig, folder: Path, corpus: Corpus, backbone: Backbone, first: Run | None = None
     ) -> None:
         self.config, self.folder, self.corpus, self.backbone = config, folder, corpus, backbone
+        self.watch: Watch | None = None
         self.model = build_model(config, backbone, corpus)
         self.total_timesteps, self.gating, self._stage = config.total_timesteps, config.warm_start, "last"
         if first is not None:
@@ -307,6 +310,8 @@ class Run:
                 scalars[f"eval/loss_at_{percent}_compute"] = loss
         middle = min(points, key=lambda point: abs(point.compute - 0.6))
         names = [site.name for site in self.backbone.sites]
+        if self.watch is not None:
+            self.watch(self, scalars)
         figures = {
             "figures/tradeoff": tradeoff_figure({"learned": [curve]}, self.validation.native),
             "figures/unit_use": usage_figure(middle.usage, names),
@@ -325,12 +330,16 @@ class Run:
         self.model.logger.dump(self.model.num_timesteps)
 
 
-def train_router(config: TrainConfig, folder: Path, corpus: Corpus, backbone: Backbone) -> Run:
+def train_router(
+    config: TrainConfig, folder: Path, corpus: Corpus, backbone: Backbone, watch: Watch | None = None
+) -> Run:
     """Train the router of a run, its backbone under it and the router again if that is asked for, and write it.
 
-    Training goes on from its checkpoints. The run that is returned has the backbone that the router is for.
+    Training goes on from its checkpoints. The run that is returned has the backbone that the router is for. `watch` is
+    called with the run and its scalars at every look during training.
     """
     current = Run(config, folder, corpus, backbone)
+    current.watch = watch
     current.train()
     if config.adapt_backbone:
         current = adapt(config, folder, current)

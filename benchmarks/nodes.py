@@ -36,6 +36,7 @@ from moe_backbone.checks import require
 from moe_backbone.expert_parallel import Spent, spread_experts
 from moe_backbone.files import write_text_atomic
 from moe_backbone.placement import RULES, Placement, Traffic, count_traffic, place_experts
+from policies.baselines.fixed import TopK
 from policies.baselines.randomized import RandomK
 from policies.portable import load_router
 from train_rl import load_run
@@ -180,12 +181,13 @@ def predict(
 def compare_routers(config: NodesConfig, backbone: MoETransformer, windows: Tensor, targets: Tensor) -> Table:
     """Nodes that a token is sent to and the busiest node's load, at 99 and 98 % of native accuracy."""
     curves: dict[str, list[Router]] = {
-        "native top-k": [],
+        "native": [NativeRouter()],
+        "top-k": [TopK(count) for count in range(1, backbone.config.top_k + 1)],
         "random-k": [RandomK(count, seed=0) for count in range(2, 13)],
     }
     for folder in config.runs:
         router = load_router(folder, backbone)
-        curves[f"learned, {folder.name}"] = [router.at_price(float(price)) for price in np.geomspace(0.01, 2.5, 14)]
+        curves[f"learned, {folder}"] = [router.at_price(float(price)) for price in np.geomspace(0.01, 2.5, 14)]
     shown = Table(
         "router",
         *(f"{what} at {share} %" for share in (99, 98) for what in ("nodes a token", "busiest node")),
