@@ -45,6 +45,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         temporary.chmod(0o644)
         temporary.replace(path)
         _sync_folder(path.parent)
+    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {' '.join(str(error).split())}") from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

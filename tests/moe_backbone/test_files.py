@@ -24,3 +24,16 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
     write_text_atomic(path, "new")
     assert path.read_text(encoding="utf-8") == "new"
+
+
+def test_a_full_disk_is_an_error_of_the_file_system(tmp_path: Path) -> None:
+    """Whatever the library calls it that writes; what was there stays."""
+    path = tmp_path / "weights"
+    path.write_text("before")
+
+    def write(_: Path) -> None:
+        raise RuntimeError("[enforce fail] . unexpected pos 64 vs 0")
+
+    with pytest.raises(OSError, match="weights could not be written: .* unexpected pos"):
+        write_atomic(path, write)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("weights", "before")]
