@@ -7,12 +7,13 @@ import json
 import platform
 import shlex
 import sys
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 from moe_backbone.files import write_text_atomic
+from moe_backbone.plain import from_plain, read_json
 
 LIBRARIES = (
     *("torch", "gymnasium", "stable-baselines3", "numpy", "tensorboard", "safetensors", "transformers"),
@@ -57,33 +58,14 @@ def read_config(folder: Path, kind: type[Config]) -> Config:
     Raises:
         ValueError: If the folder holds no readable configuration of this version.
     """
-    path = folder / "config.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not data:
-            raise KeyError("no settings")
-        return _build(kind, data)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+        return from_plain(kind, _settings(read_json(folder / "config.json")))
+    except ValueError as error:
         raise ValueError(f"run folder must hold the config.json of a training run, got {folder}: {error}") from None
 
 
-def _build(kind: Any, data: Any) -> Any:
-    """Values of a dataclass, read back from JSON."""
-    if not isinstance(data, dict):
-        raise TypeError(f"{kind.__name__} must be an object, not {data!r}")
-    hints = get_type_hints(kind)
-    if wrong := set(data) - {field.name for field in fields(kind)}:
-        raise KeyError(f"unknown settings {', '.join(sorted(wrong))}")
-    return kind(**{name: _value(hints[name], value) for name, value in data.items()})
-
-
-def _value(hint: Any, value: Any) -> Any:
-    if is_dataclass(hint):
-        return _build(hint, value)
-    if get_origin(hint) is tuple:
-        return tuple(_value(get_args(hint)[0], item) for item in value)
-    if value is not None and (hint is Path or Path in get_args(hint)):
-        return Path(value)
-    if isinstance(value, dict | list):
-        raise TypeError(f"{value!r} is no single value")
-    return value
+def _settings(data: Any) -> Any:
+    """The same; an object without any settings is no configuration."""
+    if not data:
+        raise ValueError("no settings")
+    return data

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
 
@@ -77,6 +77,9 @@ def read_checkpoint(path: Path, what: str, restore: Callable[[dict[str, Any]], N
 def _load(path: Path, device: Any) -> dict[str, Any]:
     """What a checkpoint holds; no code in it is run, and no damage overlooked: torch itself compares no checksums."""
     with ZipFile(path) as archive:
+        packed = [entry.filename for entry in archive.infolist() if entry.compress_type != ZIP_STORED]
+        if packed:  # torch packs nothing, and what is packed may be of any size
+            raise BadZipFile(f"{packed[0]} in it is compressed")
         if (damaged := archive.testzip()) is not None:
             raise BadZipFile(f"{damaged} in it is damaged")
     state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)

@@ -7,6 +7,9 @@ from typing import Literal
 
 from moe_backbone.checks import require, require_at_least
 
+LONGEST = 2**20
+"""Tokens of a sequence; a table of positions is as long."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
@@ -45,7 +48,7 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_experts", "intermediate_size")
         require_at_least(self, 1, *sizes)
-        require_at_least(self, 2, "seq_len")
+        require(2 <= self.seq_len <= LONGEST, f"seq_len must lie in [2, {LONGEST}], got {self.seq_len}")
         require(
             1 <= self.top_k <= self.num_experts,
             f"top_k must lie in [1, num_experts={self.num_experts}], got {self.top_k}",

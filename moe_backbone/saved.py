@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +19,7 @@ from moe_backbone.checks import require
 from moe_backbone.compression import QuantizedWeights, plain_weights
 from moe_backbone.config import BackboneConfig
 from moe_backbone.files import write_atomic, write_text_atomic
+from moe_backbone.plain import from_plain, read_json
 from moe_backbone.transformer import MoETransformer
 
 WEIGHTS, DESCRIPTION = "backbone.safetensors", "backbone.json"
@@ -48,23 +50,30 @@ def load_saved(folder: Path, device: str = "cpu") -> MoETransformer:
         ValueError: If a file is missing, damaged, of another format, or the two do not fit.
     """
     try:
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        made, config = description["format"], BackboneConfig(**description["config"])
+        description = read_json(folder / DESCRIPTION)
+        made, config = description["format"], from_plain(BackboneConfig, description["config"])
         weights = plain_weights(load_file(folder / WEIGHTS))
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"backbone folder must hold readable {WEIGHTS} and {DESCRIPTION}, got {folder}: {error}"
+            f"backbone folder must hold readable {WEIGHTS} and {DESCRIPTION}, got {folder}: {_line(error)}"
         ) from None
-    require(made == FORMAT, f"backbone format must be {FORMAT}, got {made} in {folder}")
-    backbone = MoETransformer(config)
+    require(made == FORMAT, f"backbone format must be {FORMAT}, got {made!r:.60} in {folder}")
+    require(config.num_layers <= len(weights), f"backbone weights must fit {DESCRIPTION}, got fewer in {folder}")
     try:
-        backbone.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"backbone weights must fit {DESCRIPTION}, got {folder}: {error}".replace("\n", " ")) from None
-    return backbone.requires_grad_(False).eval().to(device)
+        with torch.device("meta"):  # sizes that the weights do not have shall not cost memory
+            MoETransformer(config).load_state_dict(weights, assign=True)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"backbone weights must fit {DESCRIPTION}, got {folder}: {_line(error)}") from None
+    whole = MoETransformer(config)
+    whole.load_state_dict(weights)
+    return whole.requires_grad_(False).eval().to(device)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def read_about(folder: Path) -> dict[str, Any]:
     """How the backbone of a folder was made."""
-    about: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")).get("about", {})
+    about: dict[str, Any] = read_json(folder / DESCRIPTION).get("about", {})
     return about

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_backbone.checks import require, require_price
 from moe_backbone.compensation import Compensation
+from moe_backbone.plain import from_plain
 from moe_backbone.sites import RoutingSite, SiteView
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class RouterSpec:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RouterSpec:
         """Inverse of `to_json`."""
-        return cls(**{**data, "sites": tuple(RoutingSite(**site) for site in data["sites"])})
+        return from_plain(cls, data)
 
 
 class LinearRouter(nn.Module):

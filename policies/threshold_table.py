@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_backbone.checks import require
 from moe_backbone.files import write_text_atomic
+from moe_backbone.plain import read_json
 from moe_backbone.sites import Backbone, Router, SiteView
 from policies.baselines.site_rules import ExpertRule, HeadRule, PerSiteRules, SiteRule
 from policies.tied_files import check_made_for
@@ -52,7 +53,7 @@ def load_table(path: Path, backbone: Backbone) -> ThresholdTable:
         ValueError: If the file is missing, damaged, of another format, or made for another backbone.
     """
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = read_json(path)
         made = description["format"], description["kind"]
         made_for = str(description["backbone_sha256"]), description.get("backbone_name")
         rules = PerSiteRules.from_json(description["rules"])

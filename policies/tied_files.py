@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_backbone.checks import require
 from moe_backbone.files import write_atomic, write_text_atomic
+from moe_backbone.plain import read_json
 from moe_backbone.sites import Backbone
 
 Parsed = TypeVar("Parsed")
@@ -44,8 +45,8 @@ def read_files(folder: Path, parse: Callable[[dict[str, Any]], Parsed]) -> tuple
         ValueError: If they are missing or damaged.
     """
     try:
-        return parse(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))), load_file(folder / WEIGHTS)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        return parse(read_json(folder / DESCRIPTION)), load_file(folder / WEIGHTS)
+    except (OSError, KeyError, TypeError, AttributeError, OverflowError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"router folder must hold readable {WEIGHTS} and {DESCRIPTION}, got {folder}: {error}"
         ) from None

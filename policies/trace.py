@@ -62,7 +62,7 @@ class Trace:
             with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             return cls(**{**arrays, "backbone_sha256": str(arrays["backbone_sha256"])})
-        except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile, AttributeError, RuntimeError) as error:
             raise ValueError(f"trace must be a file that --trace wrote, got {path}: {error}") from None
 
 

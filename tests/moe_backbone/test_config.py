@@ -19,7 +19,7 @@ from moe_backbone.pretrain import PretrainConfig
         pytest.param({"num_heads": 0}, "num_heads must be at least 1, got 0", id="num_heads"),
         pytest.param({"num_experts": 0}, "num_experts must be at least 1, got 0", id="num_experts"),
         pytest.param({"intermediate_size": 0}, "intermediate_size must be at least 1, got 0", id="intermediate_size"),
-        pytest.param({"seq_len": 1}, "seq_len must be at least 2, got 1", id="seq_len"),
+        pytest.param({"seq_len": 1}, "seq_len must lie in [2, 1048576], got 1", id="seq_len"),
         pytest.param({"top_k": 17}, "top_k must lie in [1, num_experts=16], got 17", id="top_k above"),
         pytest.param({"top_k": 0}, "top_k must lie in [1, num_experts=16], got 0", id="top_k below"),
         pytest.param(
