@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test bench check lint types imports spelling tensorboard clean
+.PHONY: help train test bench check lint types imports spelling licences audit tensorboard clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -24,7 +24,7 @@ test: $(VENV)/.installed-test  ## Run the tests: make test ARGS="-k kernels"
 bench: $(VENV)/.installed-bench  ## Measure speed on this CPU: make bench ARGS="--only experts"
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
-check: lint types imports spelling  ## Everything that reads the code without running it
+check: lint types imports spelling licences audit  ## Everything that reads the code without running it
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
@@ -38,6 +38,12 @@ imports: $(VENV)/.installed-dev
 
 spelling: $(VENV)/.installed-dev
 	$(BIN)/codespell
+
+licences: $(VENV)/.installed-dev
+	$(BIN)/pip-licenses --summary --partial-match --fail-on GPL --ignore-packages codespell
+
+audit: $(VENV)/.installed-dev
+	$(BIN)/pip-audit --local --progress-spinner off
 
 tensorboard: $(VENV)/.installed-train  ## Look at runs/ in a browser
 	$(BIN)/tensorboard --logdir runs $(ARGS)
