@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 
 def require(condition: bool, message: str) -> None:
@@ -40,11 +40,11 @@ def require_fraction(config: object, *names: str) -> None:
         require(0 <= value <= 1, f"{name} must lie in [0, 1], got {value}")
 
 
-def require_finite(values: Tensor, name: str, where: Callable[[int], str], remedy: str) -> None:
-    """Refuse numbers of a training that has gone astray; reads the device once.
+def require_finite(values: Sequence[float], name: str, where: Callable[[int], str], remedy: str) -> None:
+    """Refuse numbers of a training that has gone astray.
 
     Args:
-        values: One for each step, 1-D.
+        values: One for each step.
         name: What they are.
         where: Names the step of an index.
         remedy: What may help.
@@ -52,13 +52,12 @@ def require_finite(values: Tensor, name: str, where: Callable[[int], str], remed
     Raises:
         ValueError: Says at which step it began, and that the last good checkpoint is kept.
     """
-    wrong = (~values.isfinite()).nonzero().flatten()
-    if len(wrong):
-        first = int(wrong[0])
-        raise ValueError(
-            f"{name} must be finite, got {values[first].item()} first at {where(first)}; "
-            f"the last good checkpoint is kept: {remedy}"
-        )
+    for index, value in enumerate(values):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{name} must be finite, got {value} first at {where(index)}; "
+                f"the last good checkpoint is kept: {remedy}"
+            )
 
 
 def require_price(name: str, value: float) -> None:

@@ -35,7 +35,11 @@ def join(device: str) -> str:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    store, number, size = next(dist.rendezvous("env://"))
+    # a job that is started again shall not find the addresses of processes that have died
+    store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=size)
     if not is_first():
         logging.getLogger().setLevel(logging.WARNING)
     logger.info("ranks: %d, by %s", world_size(), dist.get_backend())

@@ -181,9 +181,9 @@ class GateTrainer:
             weight.requires_grad_(was).grad = None
         if not figures:
             return {}
-        losses = torch.stack(figures)[:, 0]
+        losses, computes = torch.stack(figures).t().tolist()
         require_finite(losses, "gates' loss", lambda index: f"step {first + index}", "lower warm_start.learning_rate")
-        return dict(zip(("loss", "compute"), figures[-1].tolist(), strict=True))
+        return {"loss": losses[-1], "compute": computes[-1]}
 
     def _train_step(self) -> Tensor:
         """One step: loss and mean expected compute."""

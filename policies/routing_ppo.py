@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -251,10 +252,9 @@ class RoutingPPO(TensorPPO):
         episode_return, advantages = rewards.sum(0), self._episode.advantages
         explained = 1 - advantages[0].var() / episode_return.var().clamp_min(1e-12)
         figures = torch.stack((episode_return.mean(), explained, advantages.std()))
-        require_finite(
-            figures, "return of an episode", lambda _: f"timestep {self.num_timesteps}", "look at the backbone"
-        )
         mean_return, explained_variance, advantage_std = figures.tolist()
+        place = f"timestep {self.num_timesteps}"
+        require_finite([mean_return], "return of an episode", lambda _: place, "look at the backbone")
         assert self.ep_info_buffer is not None
         self.ep_info_buffer.append({"r": mean_return, "l": len(rewards), "t": 0.0})
         self.logger.record("train/explained_variance", explained_variance)
@@ -272,13 +272,7 @@ class RoutingPPO(TensorPPO):
                 break
             self._n_updates += 1
         figures = torch.stack(stats) if stats else self._episode.weight.new_zeros(1, 5)
-        require_finite(
-            figures[:, 3],
-            "PPO's loss",
-            lambda index: f"timestep {self.num_timesteps}, minibatch {index} of the update",
-            "lower ppo.learning_rate",
-        )
-        self._log_update(figures.mean(0), self._flip_rate())
+        self._log_update(figures, self._flip_rate())
         return None
 
     def _learn_epoch(self, stats: list[Tensor]) -> bool:
@@ -342,8 +336,17 @@ class RoutingPPO(TensorPPO):
         return ((logits > 0) != chosen).float().mean()
 
     def _log_update(self, stats: Tensor, flips: Tensor) -> None:
+        """Log means over minibatches, of which `stats` has a row each.
+
+        Raises:
+            ValueError: If a loss was not finite.
+        """
         names = ("approx_kl", "clip_fraction", "entropy", "loss", "gradient_norm", "flip_rate")
-        figures = dict(zip(names, torch.cat((stats, flips.view(1))).tolist(), strict=True))
+        figures = dict(zip(names, torch.cat((stats.mean(0), flips.view(1))).tolist(), strict=True))
+        if not math.isfinite(figures["loss"]):
+            place = f"timestep {self.num_timesteps}, minibatch"
+            where = partial("{} {} of the update".format, place)
+            require_finite(stats[:, 3].tolist(), "PPO's loss", where, "lower ppo.learning_rate")
         for name, value in figures.items():
             self.logger.record(f"train/{name}", value)
         self.logger.record("train/entropy_loss", -figures["entropy"])

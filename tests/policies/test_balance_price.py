@@ -13,6 +13,7 @@ import torch
 from envs import EnvConfig, RoutingMDP
 from envs.planted import PLANTED_CONFIG, PLANTED_RULES, PlantedSource
 from moe_backbone import MoETransformer
+from moe_backbone.loads import LoadPrices
 from policies.callbacks import load_metrics
 from policies.gating import GateTrainer, GatingConfig
 from policies.linear_router import LinearRouter, RouterSpec
@@ -88,7 +89,7 @@ def test_gates_even_the_loads(relaxation: Any) -> None:
         generator = np.random.default_rng(0)
         spec = RouterSpec(hidden_size=32, sites=backbone.sites, price_low=0.1, price_high=0.1)
         settings = GatingConfig(steps=60, learning_rate=0.03, relaxation=relaxation)
-        given = {} if price is None else {"balance_price": price}
+        given = {} if price is None else {"load_prices": LoadPrices(balance=price)}
         trainer = GateTrainer(LinearRouter(spec), backbone, lambda: mdp.draw(generator), settings, **given)  # noqa: B023
         assert trainer.run(progress=False)
         spread[price], weights[price] = _load_cv(mdp, trainer.router), trainer.router.weight.detach()
