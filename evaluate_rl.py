@@ -22,8 +22,8 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm.contrib.logging import logging_redirect_tqdm
 
+from commands import ending
 from evaluation import (
     COMPUTES,
     Evaluation,
@@ -378,16 +378,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     words = sys.argv[1:] if arguments is None else list(arguments)
     config = tyro.cli(EvaluateConfig, description=__doc__, args=words)
-    try:
-        with logging_redirect_tqdm():  # a line of the log must not cut a progress bar
-            run(config)
-    except KeyboardInterrupt:
-        logger.info("\nstopped; go on with: %s", shlex.join(["python", "evaluate_rl.py", *words]))
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    finally:
-        ranks.leave()
+    with ending(f"go on with: {shlex.join(['python', 'evaluate_rl.py', *words])}"):
+        run(config)
 
 
 if __name__ == "__main__":

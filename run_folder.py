@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moe_backbone.checks import require
 from moe_backbone.files import write_text_atomic
 from moe_backbone.plain import from_plain, read_json
 
@@ -59,13 +60,8 @@ def read_config(folder: Path, kind: type[Config]) -> Config:
         ValueError: If the folder holds no readable configuration of this version.
     """
     try:
-        return from_plain(kind, _settings(read_json(folder / "config.json")))
+        data = read_json(folder / "config.json")
+        require(bool(data), "no settings")
+        return from_plain(kind, data)
     except ValueError as error:
         raise ValueError(f"run folder must hold the config.json of a training run, got {folder}: {error}") from None
-
-
-def _settings(data: Any) -> Any:
-    """The same; an object without any settings is no configuration."""
-    if not data:
-        raise ValueError("no settings")
-    return data

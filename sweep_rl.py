@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from tqdm.contrib.logging import logging_redirect_tqdm
 
+from commands import ending
 from moe_backbone.checks import require, require_at_least
 from moe_backbone.files import locked
 from run_folder import describe_run
@@ -254,15 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     words = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        config = tyro.cli(SweepConfig, description=__doc__, args=words)
-        with logging_redirect_tqdm():
-            run(config)
-    except KeyboardInterrupt:
-        logger.info("\nstopped; the same command goes on")
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    with ending("the same command goes on"):
+        run(tyro.cli(SweepConfig, description=__doc__, args=words))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 from rich.table import Table
-from tqdm.contrib.logging import logging_redirect_tqdm
 
+from commands import ending
 from moe_backbone import BackboneConfig, ranks
 from moe_backbone.checkpoints import discard_checkpoint
 from moe_backbone.checks import require, require_at_least
@@ -206,17 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     words = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        config = tyro.cli(TrainBackboneConfig, description=__doc__, args=words)
-        with logging_redirect_tqdm():  # a line of the log must not cut a progress bar
-            run(config)
-    except KeyboardInterrupt:
-        logger.info("\nstopped; go on with: %s", shlex.join(["python", "train_backbone.py", *words]))
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    finally:
-        ranks.leave()
+    with ending(f"go on with: {shlex.join(['python', 'train_backbone.py', *words])}"):
+        run(tyro.cli(TrainBackboneConfig, description=__doc__, args=words))
 
 
 if __name__ == "__main__":

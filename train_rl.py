@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 import tyro
-from tqdm.contrib.logging import logging_redirect_tqdm
 
+from commands import ending
 from moe_backbone import Backbone, MoETransformer, ranks
 from moe_backbone.corpus import Corpus, load_corpus
 from moe_backbone.files import locked
@@ -129,13 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else list(arguments)
     config = parse(words)
     logger.info("$ %s", shlex.join(["python", "train_rl.py", *words]))
-    try:
-        with logging_redirect_tqdm():  # a line of the log must not cut a progress bar
-            run(config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    finally:
-        ranks.leave()
+    with ending():
+        run(config)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ A stopped run goes on when the same command is given again.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import Any
 
 import tyro
 from rich.table import Table
-from tqdm.contrib.logging import logging_redirect_tqdm
 
+from commands import ending
 from evaluation import Evaluator, report_console
 from evaluation.task_baselines import TaskScore, baselines
 from moe_backbone import BackboneConfig, MoETransformer, ranks
@@ -126,16 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.cli(TaskConfig, description=__doc__, args=arguments)
-    try:
-        with logging_redirect_tqdm():
-            run(config)
-    except KeyboardInterrupt:
-        logger.info("\nstopped; the same command goes on")
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    finally:
-        ranks.leave()
+    with ending("the same command goes on"):
+        run(config)
 
 
 if __name__ == "__main__":

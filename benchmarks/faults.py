@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
+from commands import ending
 from moe_backbone.checks import require
 from moe_backbone.files import write_text_atomic
 from policies.portable import WEIGHTS
@@ -268,10 +269,8 @@ def run(config: FaultsConfig) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     config = tyro.cli(FaultsConfig, description=__doc__, args=arguments)
-    try:
+    with ending():
         work(json.loads(config.worker)) if config.worker else run(config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from commands import ending
 from moe_backbone import BackboneConfig, MoETransformer
 from moe_backbone.checkpoints import read_checkpoint, write_checkpoint
 from moe_backbone.checks import require
@@ -202,10 +203,8 @@ def run(config: FuzzConfig) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     config = tyro.cli(FuzzConfig, description=__doc__, args=arguments)
-    try:
+    with ending():
         work(config) if config.worker else run(config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import tyro
-from tqdm.contrib.logging import logging_redirect_tqdm
 
+from commands import ending
 from moe_backbone import BackboneConfig, MoETransformer
 from moe_backbone.checkpoints import discard_checkpoint
 from moe_backbone.checks import require
@@ -164,14 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.cli(MixingConfig, description=__doc__, args=arguments)
-    try:
-        with logging_redirect_tqdm():
-            text = measure(config)
-    except KeyboardInterrupt:
-        logger.info("\nstopped; the same command goes on")
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    with ending("the same command goes on"):
+        text = measure(config)
     sys.stdout.write(text)
 
 

@@ -11,7 +11,6 @@ of the rest is scored, once, at the end, in windows side by side.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from commands import ending
 from moe_backbone import BackboneConfig
 from moe_backbone.corpus import Corpus, Split, load_corpus
 from moe_backbone.pretrain import PretrainConfig, load_or_train, native_loss
@@ -121,10 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.cli(NanoGPTConfig, description=__doc__, args=arguments)
-    try:
+    with ending():
         Console().print(compare(config))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

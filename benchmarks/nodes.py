@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from commands import ending
 from moe_backbone import MoETransformer, NativeRouter, Router, ranks, token_correct
 from moe_backbone.checks import require
 from moe_backbone.expert_parallel import Spent, spread_experts
@@ -315,10 +316,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     config = tyro.cli(NodesConfig, description=__doc__, args=arguments)
-    try:
+    with ending():
         work(config) if config.worker is not None else run(config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from commands import ending
 from evaluate_rl import LearnedPoint
 from evaluation import Evaluator, Scored, average_quality, compute_at_accuracy, frontier, loss_at
 from evaluation.curves import Curve
@@ -245,10 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.cli(RecipesConfig, description=__doc__, args=arguments)
-    try:
+    with ending("the same command goes on"):
         run(config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from stable_baselines3.common.logger import Logger
 
+from commands import ending
 from envs import EnvConfig, RoutingEnv, RoutingVecEnv
 from envs.planted import PLANTED_RULES, PlantedSource, planted_backbone
 from moe_backbone import token_log_likelihood
@@ -143,10 +143,8 @@ def run(config: SoakConfig) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     config = tyro.cli(SoakConfig, description=__doc__, args=arguments)
-    try:
+    with ending():
         run(config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

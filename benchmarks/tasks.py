@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.table import Table
 
 import train_rl
 import train_task
+from commands import ending
 from envs import EnvConfig
 from evaluate_rl import EvaluationConfig
 from evaluation import load_evaluation, report_console
@@ -126,10 +126,8 @@ def run(config: TasksConfig) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with ending():
         run(tyro.cli(TasksConfig, description=__doc__, args=arguments))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -37,9 +37,9 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """
     if not ranks.is_first():
         return
-    for scratch in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
-        scratch.unlink(missing_ok=True)
     fresh, _, before = _places(path)
+    for scratch in path.parent.glob(f".{fresh.name}.*"):  # of a process that was killed
+        scratch.unlink(missing_ok=True)
     write_atomic(fresh, lambda temporary: torch.save(state, temporary))
     if path.exists():
         path.replace(before)

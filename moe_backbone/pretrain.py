@@ -234,7 +234,8 @@ class Pretraining:
         return native_loss(self.backbone, self.corpus.validation, max_tokens=16_384, device=self.device)
 
     def _look(self) -> float:
-        losses, self.step_losses = [float(loss) for loss in self.step_losses], []
+        losses = torch.stack(self.step_losses).tolist() if self.step_losses else []
+        self.step_losses = []
         since = self.step - len(losses)
         require_finite(losses, "training loss", lambda index: f"step {since + index}", "lower learning_rate")
         loss = self._validation_loss()
