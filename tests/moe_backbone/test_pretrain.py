@@ -128,7 +128,7 @@ def test_second_call_loads_without_training(
     assert steps_run == list(range(SETTINGS.steps))
     assert _same_weights(load_or_train(tiny_corpus, tiny_config, SETTINGS), trained)
     assert len(steps_run) == SETTINGS.steps
-    assert [path.name for path in cache.iterdir()] == [
+    assert [path.name for path in cache.glob("[!.]*")] == [
         f"backbone-{backbone_key(tiny_corpus, tiny_config, SETTINGS)}.safetensors"
     ]
 
@@ -139,7 +139,7 @@ def test_damaged_backbone_is_refused_and_left_alone(
 ) -> None:
     """One line that names the file and the way out; training anew by itself would hide that a disk is failing."""
     load_or_train(tiny_corpus, tiny_config, SETTINGS)
-    (path,) = cache.iterdir()
+    (path,) = cache.glob("[!.]*")
     content = path.read_bytes()[:-100] if isinstance(damage, str) else damage
     path.write_bytes(content)
     rule = r"backbone must be whole \(delete it to make it anew\), got .*backbone-"
