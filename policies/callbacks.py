@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -230,7 +231,13 @@ class PeriodicSave(BaseCallback):
 
 @contextmanager
 def asked_to_stop(saver: PeriodicSave) -> Iterator[None]:
-    """While open, the first SIGINT or SIGTERM asks `saver` to stop; the next one acts as it always does."""
+    """While open, the first SIGINT or SIGTERM asks `saver` to stop; the next one acts as it always does.
+
+    Only in the main thread, as signals reach no other: elsewhere whoever started the thread is to stop it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, frame: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,7 @@ from stable_baselines3.common.logger import Logger
 
 from envs import RoutingVecEnv
 from envs.planted import PLANTED_RULES, PlantedSource, planted_backbone
-from policies.callbacks import RoutingMetrics, episode_metrics, load_metrics
+from policies.callbacks import PeriodicSave, RoutingMetrics, asked_to_stop, episode_metrics, load_metrics
 from policies.tensor_ppo import TensorPPO
 
 LANES = 64
@@ -63,3 +65,17 @@ def test_metrics_wait_for_the_end_of_an_episode(n_steps: int, logged: bool) -> N
     model.set_logger(Logger(None, []))
     model.learn(n_steps * LANES, RoutingMetrics({}, every=1), log_interval=100)
     assert ("routing/compute" in model.logger.name_to_value) == logged
+
+
+def test_signals_are_left_alone_outside_the_main_thread() -> None:
+    """A run may live in any thread, as trials of Ray Tune do; Python lets only the main one take signals."""
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def work() -> None:
+        with asked_to_stop(PeriodicSave(lambda: None, 1)):
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
