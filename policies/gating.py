@@ -147,14 +147,14 @@ class GateTrainer:
         self.groups = [group for group in (maps, constants) if group]
         self.optimizer = torch.optim.Adam(maps + constants, lr=config.learning_rate, eps=1e-5)
         self._sharpen()
-        if checkpoint is not None:
-            read_checkpoint(checkpoint, "gates", self.restore, router.weight.device)
 
     def run(self, *, progress: bool = True, stop: Callable[[], bool] = lambda: False) -> bool:
         """Train for the configured steps; False if `stop`, asked before each, ended it, after a checkpoint was kept.
 
-        Ranks stop together.
+        Training that was not begun here goes on from `checkpoint`. Ranks stop together.
         """
+        if self.step == 0 and self.checkpoint is not None:
+            read_checkpoint(self.checkpoint, "gates", self.restore, self.router.weight.device)
         end, every = self.config.steps, self.config.save_every
         with ranks.bar(
             total=end, initial=self.step, desc="gates", unit="step", disable=None if progress else True

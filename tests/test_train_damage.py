@@ -83,6 +83,14 @@ def test_damaged_checkpoint_is_skipped_with_a_line(
     assert tiny_run.same_weights(copy, finished)
 
 
+def test_damaged_gates_do_not_matter_where_the_run_has_a_checkpoint(tiny_run: Any, finished: Path, copy: Path) -> None:
+    """It holds them too."""
+    for kept in (copy / "checkpoints").glob("last-gates*.pt"):
+        kept.write_bytes(b"no archive")
+    main(["--resume", str(copy)])
+    assert tiny_run.same_weights(copy, finished)
+
+
 @pytest.mark.parametrize("damage", range(4))
 def test_damaged_checkpoints_are_refused(copy: Path, damage: int, refusal: Callable[..., str]) -> None:
     """Where none is whole: one line."""
