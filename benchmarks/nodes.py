@@ -4,8 +4,9 @@ python -m benchmarks.nodes runs/NAME                      # the run's backbone, 
 python -m benchmarks.nodes runs/NAME runs/NODES           # and a router of the same backbone, trained with --env.nodes
 
 Each placement runs on 2 and 4 processes by gloo; the output must be that of the whole model. The prediction uses the
-same placements and counts: tokens, rows and bytes must then agree exactly, seconds come from rates measured on 2 ranks.
-With more processes than cores they share these, which the prediction takes into account and nothing else.
+same placements and counts: tokens, rows and bytes must then agree exactly. Seconds come from rates measured on 2 ranks
+under round robin; the other placements and 4 ranks check them. With more processes than cores these take turns: what
+that makes a forward pass longer is waiting.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ PROBE_ROWS = 4096
 NODES = 4
 """Of the comparison of routers."""
 SMALL, LARGE = 16, 4096
+EXCHANGES = 3
+"""All-to-alls of a layer: how many rows, the rows, what became of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +78,30 @@ class NodesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Of this machine, seconds."""
+    """Of this machine, seconds: of a layer's experts before the first row, of a row, of a byte sent, of an exchange."""
 
+    layer: float
     row: float
     byte: float
     exchange: float
+
+    @classmethod
+    def measured(cls, found: dict[str, Any], num_layers: int) -> Rates:
+        """From a job of 2 ranks, each of which had a core: native and learned routing, round robin.
+
+        An exchange is what is left of the waiting when rows and bytes are taken off: the messages themselves, and that
+        ranks do not come to it at the same moment.
+        """
+        small, large = (found["exchanges"][str(rows)] for rows in (SMALL, LARGE))
+        byte = max(0.0, large - small) / (4 * (LARGE - SMALL))
+        cases = (found["cases"][f"{name} round_robin"] for name in ("native", "learned"))
+        (many, slow, waiting), (few, fast, _) = map(summary, cases)
+        rows = [float(traffic.rows.double().mean()) for traffic in (many, few)]
+        row = max(0.0, slow - fast) / (rows[0] - rows[1])
+        layer = max(0.0, slow - row * rows[0]) / num_layers
+        busiest = float(many.rows.double().max()) - rows[0]
+        left = waiting - row * busiest - byte * float(many.sent.max())
+        return cls(layer=layer, row=row, byte=byte, exchange=max(small, left / (EXCHANGES * num_layers)))
 
 
 def routers(config: NodesConfig, backbone: MoETransformer) -> dict[str, Router]:
@@ -170,9 +192,9 @@ def predict(
         width = int(placement.hosts.sum(1).max())
         sizes = (4 * (hidden_size + 2 * width), 4 * hidden_size)
         traffic = count_traffic(placement.destinations(subset, generator), homes, num_nodes, sizes)
-        busy = traffic.rows.double() * rates.row
+        busy = rates.layer + traffic.rows.double() * rates.row
         computing += float(busy.mean())
-        waiting += float(busy.max() - busy.mean()) + 3 * rates.exchange + float(traffic.sent.max()) * rates.byte
+        waiting += float(busy.max() - busy.mean()) + EXCHANGES * rates.exchange + float(traffic.sent.max()) * rates.byte
         traffics.append(traffic)
     total = Traffic(*(sum(getattr(one, name) for one in traffics) for name in ("tokens", "rows", "sent")))
     return total, float(np.mean([traffic.imbalance for traffic in traffics])), computing, waiting
@@ -239,13 +261,7 @@ def run(config: NodesConfig) -> None:
     require(isinstance(backbone, MoETransformer), "run must be of a backbone of our own, got a checkpoint")
     assert isinstance(backbone, MoETransformer)
     measured = {size: on_ranks(config, size) for size in (2, 4)}
-    small, large = (measured[2]["exchanges"][str(rows)] for rows in (SMALL, LARGE))
-    traffic, computing, _ = summary(measured[2]["cases"]["native round_robin"])
-    rates = Rates(
-        row=computing / float(traffic.rows.double().mean()),
-        byte=max(0.0, large - small) / (4 * (LARGE - SMALL)),
-        exchange=small,
-    )
+    rates = Rates.measured(measured[2], backbone.config.num_layers)
     console, predicted = Console(width=170), dict[str, Any]()
     console.print(real(config, corpus, backbone, measured, rates))
     console.print(further(config, corpus, backbone, rates, predicted))
@@ -282,7 +298,7 @@ def real(
             equal = "equal" if all(torch.equal(*pair) for pair in pairs) else "DIFFERENT"
             counts = (traffic.tokens.double().mean(), traffic.imbalance, traffic.sent.sum() / 1024)
             times = (f"{1e3 * seconds:.1f}" for seconds in (computing, waiting))
-            hopes = (f"{1e3 * seconds * sharing:.1f}" for seconds in (busy, idle))
+            hopes = (f"{1e3 * seconds:.1f}" for seconds in (busy, sharing * (busy + idle) - busy))
             cells = (f"{counts[0]:.0f}", f"{counts[1]:.3f}", f"{counts[2]:.0f}", *times)
             shown.add_row(f"{size} {case}", *cells, "drawn" if placement == "random" else equal, *hopes)
     return shown
