@@ -17,10 +17,9 @@ import numpy as np
 from stable_baselines3 import A2C, DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
-from tqdm import tqdm
 
 from envs import CorpusSource, EnvConfig, RoutingVecEnv
-from moe_backbone import Backbone, Router
+from moe_backbone import Backbone, Router, ranks
 from moe_backbone.corpus import Corpus
 from moe_backbone.files import write_text_atomic
 from policies.ada_k import AdaK, AdaKConfig
@@ -159,7 +158,7 @@ class Job:
         asked, note = json.loads(json.dumps(asked)), self.kept / NOTE
         if note.exists() and _with_defaults(json.loads(note.read_text(encoding="utf-8"))) == asked:
             return
-        with tqdm(total=total, desc=self.name, unit="step", disable=None if self.progress else True) as bar:
+        with ranks.bar(total=total, desc=self.name, unit="step", disable=not self.progress) as bar:
             train(bar.update)
         write_text_atomic(note, json.dumps(asked, indent=1) + "\n")
 

@@ -19,11 +19,10 @@ from typing import Any
 import tyro
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from envs import CorpusSource, EnvConfig, RoutingVecEnv
 from evaluation import Evaluator, Point, Scored, loss_at
-from moe_backbone import BackboneConfig, MoETransformer
+from moe_backbone import BackboneConfig, MoETransformer, ranks
 from moe_backbone.corpus import Corpus, load_corpus
 from moe_backbone.pretrain import PretrainConfig, load_or_train
 from policies.ada_k import AdaK, AdaKConfig
@@ -78,7 +77,7 @@ def ablate(config: AblationConfig, corpus: Corpus, backbone: MoETransformer) -> 
     shown.add_row("native, at 1", *[f"{evaluator.native.loss:.4f}"] * len(config.computes))
     lanes, seq_len = settings.ada_k_sequences * backbone.config.seq_len, backbone.config.seq_len
     policies = len(VARIANTS) * len(config.seeds) * len(config.cost_weights)
-    with tqdm(total=policies * config.updates, desc="ada-k", unit="rollout", disable=None) as bar:
+    with ranks.bar(total=policies * config.updates, desc="ada-k", unit="rollout") as bar:
         for name, changes in VARIANTS.items():
             preset = replace(settings.ada_k, updates=config.updates, warm_updates=config.warm_updates, **changes)
             curves = []

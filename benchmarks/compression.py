@@ -25,7 +25,6 @@ import tyro
 from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks.compression_rows import WIDTH, Row, RowFile, Scorer, own_run, rise
 from evaluate_rl import greedy_points
@@ -39,7 +38,7 @@ from evaluation import (
     tradeoff_figure,
     tradeoff_table,
 )
-from moe_backbone import MoETransformer, Router
+from moe_backbone import MoETransformer, Router, ranks
 from moe_backbone.checks import require
 from moe_backbone.compression import quantize, unit_magnitudes
 from moe_backbone.corpus import Corpus
@@ -243,7 +242,7 @@ def students(subject: Subject) -> Iterator[Row]:
 def score(subject: Subject) -> dict[str, list[list[Row]]]:
     """All rows by line, behind a progress bar; those that are kept pass at once."""
     lines: dict[str, list[list[Row]]] = {}
-    with tqdm(desc="compression", unit="row", dynamic_ncols=True, disable=None) as bar:
+    with ranks.bar(desc="compression", unit="row") as bar:
         for part in (baselines, pruned, learned, students):
             for row in part(subject):
                 lines.setdefault(row.router, [[]])[0].append(row)

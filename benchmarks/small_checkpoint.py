@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from tqdm import tqdm
 
+from moe_backbone import ranks
 from moe_backbone.corpus import load_corpus
 from moe_backbone.files import write_text_atomic
 from moe_backbone.huggingface import TokenizerVocabulary
@@ -98,7 +98,7 @@ def train(model: Any, split: Any, config: SmallCheckpointConfig) -> float:
     draws, started, losses = np.random.default_rng(config.seed), time.monotonic(), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     model.train()
-    with tqdm(total=config.steps, desc="checkpoint", unit="step", disable=None) as bar:
+    with ranks.bar(total=config.steps, desc="checkpoint", unit="step") as bar:
         for step in range(config.steps):
             done = max(step / config.steps, (time.monotonic() - started) / (60 * config.minutes))
             if done >= 1:

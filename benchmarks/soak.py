@@ -58,7 +58,7 @@ def resident() -> float:
 def soak(step: Callable[[], float], episodes: int, name: str) -> dict[str, Any]:
     """Call `step`, an episode each, and watch."""
     returns, memory, every = [], [], max(1, episodes // READINGS)
-    for episode in bar(range(episodes), desc=name, unit="episode", disable=None):
+    for episode in bar(range(episodes), desc=name, unit="episode"):
         returns.append(step())
         if episode % every == every - 1:
             memory.append(resident())

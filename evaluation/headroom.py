@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from evaluation.intervals import FloatArray, Interval, ratio_interval
-from moe_backbone import Backbone, token_correct, token_divergence, token_log_likelihood
+from moe_backbone import Backbone, ranks, token_correct, token_divergence, token_log_likelihood
 from moe_backbone.checks import require, require_at_least
 from moe_backbone.corpus import Split
 from policies.baselines.oracle import OracleChoice, OracleQuality, OracleSearch
@@ -100,8 +99,7 @@ def oracle_headroom(
     windows = split.windows(seq_len, config.num_tokens * seq_len)
     num_batches = -(-len(windows[0]) // config.batch_tokens)
     totals: dict[tuple[OracleQuality, float], list[FloatArray]] = {}
-    hidden = None if progress else True
-    for batch in tqdm(range(num_batches), desc="oracle", unit="batch", disable=hidden):
+    for batch in ranks.bar(range(num_batches), desc="oracle", unit="batch", disable=not progress):
         position = round((batch + 0.5) * seq_len / num_batches - 0.5)
         tokens, targets, documents = (part[batch::num_batches].to(device) for part in windows)
         for quality in config.qualities:

@@ -22,7 +22,7 @@ def score_all(specs: Sequence[PointSpec], selection: Evaluator, held_out: Evalua
         held_out: Windows that are reported.
     """
     own, scored = specs[ranks.rank() :: ranks.world_size()], []
-    for spec in (bar := ranks.bar(own, desc="evaluating", unit="setting", dynamic_ncols=True, disable=None)):
+    for spec in (bar := ranks.bar(own, desc="evaluating", unit="setting")):
         bar.set_postfix_str(spec.name)
         scored.append(Scored(selection=_score(spec, selection), held_out=_score(spec, held_out)))
     parts = ranks.gather(scored)

@@ -162,7 +162,7 @@ class Pretraining:
             report: Called with the step and the validation loss in nats a token at every look.
         """
         total = self.pretrain.steps
-        with ranks.bar(total=total, initial=self.step, desc=self.title, unit="step", dynamic_ncols=True) as bar:
+        with ranks.bar(total=total, initial=self.step, desc=self.title, unit="step") as bar:
             while self.step < total and self._looks_without_gain() < self.pretrain.patience:
                 self._train_step()
                 bar.update()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -19,6 +20,8 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
+IN_A_FILE = 30.0
+"""Seconds between two lines of progress where the output is no terminal."""
 Value = TypeVar("Value")
 STRIDE = 1_000_003
 """Between the seeds of two ranks, so that runs whose seeds are neighbours share none."""
@@ -72,9 +75,13 @@ def own_seed(seed: int) -> int:
     return seed + STRIDE * rank()
 
 
-def bar(*args: Any, disable: bool | None = False, **settings: Any) -> tqdm[Any]:
-    """A progress bar of tqdm, shown by the first rank. No collective call."""
-    return tqdm(*args, disable=disable if is_first() else True, **settings)
+def bar(*args: Any, disable: bool = False, **settings: Any) -> tqdm[Any]:
+    """A progress bar of tqdm, shown by the first rank; in a file, where it cannot move, twice a minute.
+
+    No collective call.
+    """
+    often: dict[str, Any] = {} if sys.stderr.isatty() else {"mininterval": IN_A_FILE}
+    return tqdm(*args, disable=disable or not is_first(), dynamic_ncols=True, **often, **settings)
 
 
 @torch.no_grad()

@@ -122,7 +122,6 @@ class ProgressBar(BaseCallback):
             desc="training",
             unit="decision",
             unit_scale=True,
-            dynamic_ncols=True,
         )
 
     def _on_step(self) -> bool:

@@ -70,7 +70,7 @@ def fit_compensation(
     compensation = Compensation(backbone.sites, backbone.hidden_size).to(tokens.device)
     optimizer = torch.optim.Adam(compensation.parameters(), lr=LEARNING_RATE, eps=1e-5)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, steps))
-    for _ in ranks.bar(range(steps), desc="compensation", unit="step", disable=None if progress else True):
+    for _ in ranks.bar(range(steps), desc="compensation", unit="step", disable=not progress):
         rows = torch.randint(len(tokens), (num_sequences,), generator=generator)
         router = routers[int(torch.randint(len(routers), (1,), generator=generator))]
         part = tokens[rows.to(tokens.device)]

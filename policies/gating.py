@@ -156,9 +156,7 @@ class GateTrainer:
         if self.step == 0 and self.checkpoint is not None:
             read_checkpoint(self.checkpoint, "gates", self.restore, self.router.weight.device)
         end, every = self.config.steps, self.config.save_every
-        with ranks.bar(
-            total=end, initial=self.step, desc="gates", unit="step", disable=None if progress else True
-        ) as bar:
+        with ranks.bar(total=end, initial=self.step, desc="gates", unit="step", disable=not progress) as bar:
             while self.step < end and not ranks.any_rank(stop()):
                 figures = self.train(1)
                 bar.update()

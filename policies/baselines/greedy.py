@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
+from moe_backbone import ranks
 from moe_backbone.checks import require, require_at_least
 from moe_backbone.compute import native_shares
 from moe_backbone.sites import Backbone
@@ -114,7 +114,7 @@ class GreedySearch:
         path = list(points) or [_point(router, outcome)]
         self._prices.clear()
         stop, every = self.config.stop_compute, self.config.refresh_all_every
-        with tqdm(total=100, desc="greedy search", unit="%", disable=not progress, dynamic_ncols=True) as bar:
+        with ranks.bar(total=100, desc="greedy search", unit="%", disable=not progress) as bar:
             while path[-1].compute > stop and (point := self._step(path[-1], everything=len(path) % every == 0)):
                 path.append(point)
                 bar.update(min(100.0, round(100 * (1 - point.compute) / (1 - stop), 1)) - bar.n)
