@@ -47,7 +47,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         _sync_folder(path.parent)
     except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written: {' '.join(str(error).split())}") from error
+        raise OSError(f"{path} could not be written (is the disk full?): {' '.join(str(error).split())}") from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -34,6 +34,6 @@ def test_a_full_disk_is_an_error_of_the_file_system(tmp_path: Path) -> None:
     def write(_: Path) -> None:
         raise RuntimeError("[enforce fail] . unexpected pos 64 vs 0")
 
-    with pytest.raises(OSError, match=r"weights could not be written: .* unexpected pos"):
+    with pytest.raises(OSError, match=r"weights could not be written \(is the disk full\?\): .* unexpected pos"):
         write_atomic(path, write)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("weights", "before")]
