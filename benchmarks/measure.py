@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import os
 import platform
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from moe_backbone.checks import require
 
 LIBRARIES = ("torch", "numpy", "gymnasium", "stable-baselines3", "transformers")
 Measured = tuple[float, dict[str, Any]]
@@ -86,6 +93,31 @@ def interleave(
         order.reverse()
         finished += 1
     return shortest
+
+
+def on_ranks(module: str, words: Sequence[str], size: int) -> Any:
+    """Start a benchmark as a job of several processes, one thread each, and read what its first rank left.
+
+    Args:
+        module: Of the benchmark, which then works as one rank since it is given `--worker FILE`.
+        words: Its other words.
+        size: Ranks.
+
+    Returns:
+        The JSON of that file.
+
+    Raises:
+        ValueError: If the job failed, with the end of what it said.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        left = Path(folder) / "found.json"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        command = [*launcher, "-m", module, *words, "--worker", str(left)]
+        done = subprocess.run(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        )
+        require(done.returncode == 0, f"job of {size} ranks must end well, got {done.stderr[-2000:]}")
+        return json.loads(left.read_text())
 
 
 def agree(first: Tensor, second: Tensor, tolerance: float = 1e-3) -> bool:

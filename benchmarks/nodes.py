@@ -14,9 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -32,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.measure import on_ranks
 from commands import ending
 from moe_backbone import MoETransformer, NativeRouter, Router, ranks, token_correct
 from moe_backbone.checks import require
@@ -46,7 +44,6 @@ from train_rl import load_run
 TOLERANCE = 1e-4
 """Largest difference of a logit from the whole model's, of numbers summed in another order."""
 ROUNDS = 5
-PROBE_ROWS = 4096
 NODES = 4
 """Of the comparison of routers."""
 SMALL, LARGE = 16, 4096
@@ -156,21 +153,6 @@ def exchange_seconds(rows: int) -> float:
     return float(np.median(seconds))
 
 
-def on_ranks(config: NodesConfig, size: int) -> dict[str, Any]:
-    """Start a job of this many ranks and read what it found."""
-    with tempfile.TemporaryDirectory() as folder:
-        left = Path(folder) / "found.json"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-        words = [*map(str, config.runs), "--price", str(config.price), "--sequences", str(config.sequences)]
-        command = [*launcher, "-m", "benchmarks.nodes", *words, "--worker", str(left)]
-        done = subprocess.run(
-            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-        )
-        require(done.returncode == 0, f"job of {size} ranks must end well, got {done.stderr[-2000:]}")
-        found: dict[str, Any] = json.loads(left.read_text())
-        return found
-
-
 def summary(case: dict[str, Any]) -> tuple[Traffic, float, float]:
     """Traffic of a case over its sites, and its medians: seconds in experts and in all-to-all, the mean rank's."""
     rounds = np.array(case["spent"], dtype=float)  # rounds, ranks, sites, fields
@@ -260,7 +242,8 @@ def run(config: NodesConfig) -> None:
     _, corpus, backbone = load_run(config.runs[0], "cpu")
     require(isinstance(backbone, MoETransformer), "run must be of a backbone of our own, got a checkpoint")
     assert isinstance(backbone, MoETransformer)
-    measured = {size: on_ranks(config, size) for size in (2, 4)}
+    words = [*map(str, config.runs), "--price", str(config.price), "--sequences", str(config.sequences)]
+    measured = {size: on_ranks("benchmarks.nodes", words, size) for size in (2, 4)}
     rates = Rates.measured(measured[2], backbone.config.num_layers)
     console, predicted = Console(width=170), dict[str, Any]()
     console.print(real(config, corpus, backbone, measured, rates))

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.measure import on_ranks
 from commands import ending
 from moe_backbone import MoETransformer, ranks
 from moe_backbone.checks import require
@@ -76,7 +75,6 @@ def jobs(config: TrainConfig, folder: Path) -> tuple[Jobs, list[Tensor]]:
     """A step of pretraining and an iteration of PPO, each way; and the weights that all ranks must share."""
     corpus = load_corpus(config.corpus, seq_len=config.backbone.seq_len)
     found: Jobs = {}
-    shared: list[Tensor] = []
 
     def add(subject: str, together: Callable[[], object], apart: Callable[[], object]) -> None:
         def alone() -> None:
@@ -96,10 +94,8 @@ def jobs(config: TrainConfig, folder: Path) -> tuple[Jobs, list[Tensor]]:
     # a router that stays as it starts: one that learns to skip would make later rounds cheaper
     still = replace(config, ppo=replace(config.ppo, learning_rate=1e-9))
     models = [build_model(still, backbone, corpus) for _ in range(2)]
-    steps = [_iteration(model, len(backbone.sites)) for model in models]
-    add("iteration of PPO", *steps)
-    shared += [*together.backbone.parameters(), *models[0].policy.parameters()]
-    return found, shared
+    add("iteration of PPO", *(_iteration(model, len(backbone.sites)) for model in models))
+    return found, [*together.backbone.parameters(), *models[0].policy.parameters()]
 
 
 def _iteration(model: Any, num_sites: int) -> Callable[[], object]:
@@ -144,13 +140,7 @@ def digest(weights: Iterable[Tensor]) -> str:
 def run(config: ScalingConfig) -> None:
     """Start the job, read what it found, show it."""
     require(config.ranks > 1, f"ranks must be at least 2, got {config.ranks}")
-    with tempfile.TemporaryDirectory() as folder:
-        left = Path(folder) / "found.json"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        job = ["--nproc-per-node", str(config.ranks), "-m", "benchmarks.scaling", *sys.argv[1:], "--worker", str(left)]
-        done = subprocess.run([*launcher, *job], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
-        require(done.returncode == 0, f"job of {config.ranks} ranks must end well, got exit code {done.returncode}")
-        seconds = json.loads(left.read_text())
+    seconds = on_ranks("benchmarks.scaling", sys.argv[1:], config.ranks)
     Console(width=120).print(table(config.ranks, seconds))
     write_text_atomic(config.output, json.dumps({"ranks": config.ranks, "seconds": seconds}, indent=1) + "\n")
 
