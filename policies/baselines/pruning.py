@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_backbone import ranks
 from moe_backbone.checks import require, require_at_least
 from moe_backbone.sites import Backbone, NativeRouter, Router, RoutingSite, SiteView, best_units
 from policies.baselines.fixed import heads_native
@@ -102,9 +103,13 @@ def _leave_one_out(backbone: Backbone, tokens: Tensor, targets: Tensor, kind: st
     cache = PrefixCache(backbone, tokens, targets)
     native = cache.follow(NativeRouter())
     importance = {}
-    for index, site in enumerate(backbone.sites):
-        if site.kind == kind:
-            losses = [cache.measure(router, index).loss for router in one_off_routers(site, index)]
+    own = [(index, site) for index, site in enumerate(backbone.sites) if site.kind == kind]
+    with ranks.bar(total=sum(site.num_units for _, site in own), desc=f"importance of {kind}", unit="unit") as bar:
+        for index, site in own:
+            losses = []
+            for router in one_off_routers(site, index):
+                losses.append(cache.measure(router, index).loss)
+                bar.update()
             importance[index] = torch.tensor(losses, dtype=torch.float64) - native.loss
     return importance
 
