@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -259,7 +260,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         scale, digits, unit = UNITS[row.quantity]
         table.add_row(
             f"{row.compute:.2f}",
-            row.rival,
+            _folded(row.rival),
             unit,
             f"{scale * row.gain.ours:.{digits}f}",
             f"{scale * row.gain.theirs:.{digits}f}",
@@ -290,7 +291,7 @@ def rivals_table(comparisons: Sequence[Comparison], quantity: Quantity) -> Table
             else "-"
             for compute in computes
         ]
-        table.add_row(rival, *cells)
+        table.add_row(_folded(rival), *cells)
     table.caption = "†: the best other router at this compute, by selection text.\n-: one of the two costs more."
     return table
 
@@ -324,12 +325,20 @@ def _cell(log_likelihood: float, accuracy: float, native: Point) -> str:
 
 
 def _marked(name: str, seeds: Sequence[Curve]) -> str:
-    return name if all(point.causal for curve in seeds for point in curve) else f"{name}*"
+    return _folded(name if _causal(seeds) else f"{name}*")
+
+
+def _causal(seeds: Sequence[Curve]) -> bool:
+    return all(point.causal for curve in seeds for point in curve)
+
+
+def _folded(name: str) -> str:
+    """Long names in lines that fit their column, broken behind hyphens."""
+    return "\n".join(textwrap.wrap(name, NAME_WIDTH))
 
 
 def _note(curves: Curves) -> str:
-    names = [name for name, seeds in curves.items() if _marked(name, seeds) != name]
-    return "\n*: not causal, so it is a bound and no rival." if names else ""
+    return "" if all(map(_causal, curves.values())) else "\n*: not causal, so it is a bound and no rival."
 
 
 def _style(name: str) -> str | None:

@@ -48,8 +48,8 @@ def record_table(title: str, records: Iterable[Mapping[str, Any]], source: str) 
 
 
 def terminal_table(table: rich.table.Table, source: str, strong: str) -> Table:
-    """A table made for a terminal."""
-    cells = [[Cell(text=_plain(cell)) for cell in column.cells] for column in table.columns]
+    """A table made for a terminal; names that are folded there are whole here."""
+    cells = [[Cell(text=_plain(cell).replace("\n", "")) for cell in column.cells] for column in table.columns]
     return Table(
         title=_plain(table.title),
         columns=[_plain(column.header) for column in table.columns],

@@ -193,6 +193,26 @@ def test_column_of_huge_gains_keeps_its_width(make_scored):
     assert rows["b"] == " ".join(["2300 [2300, 2300]"] * 4)
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("attention-threshold", ["attention-", "threshold"]),
+        ("attention-threshold+heads", ["attention-", "threshold+heads"]),
+        ("expert-pruning+heads", ["expert-", "pruning+heads"]),
+    ],
+)
+def test_long_names_break_behind_hyphens(make_scored, name, shown):
+    curves = {"learned": [[make_scored(0.4, -1.0)]], name: [[make_scored(0.4, -1.1)]]}
+    comparisons = compare(curves, [0.6])
+    for table in (
+        summary_table(curves, summarize(curves, random_accuracy=0.1)),
+        rivals_table(comparisons, "log_likelihood"),
+        comparison_table(comparisons),
+    ):
+        words = [word for line in printed(table)[0] for word in line.split()]
+        assert set(shown) <= set(words)
+
+
 def test_failed_check_is_said_aloud():
     interval = Interval(mean=0.002, low=0.001, high=0.003)
     check = Check(name="halves", quantity="log_likelihood", difference=interval, exact=False, equal=False)

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import pytest
+import rich.table
 
-from evaluation.html_report.cells import record_table, value_text
+from evaluation.html_report.cells import record_table, terminal_table, value_text
 
 
 @pytest.mark.parametrize(
@@ -30,3 +31,9 @@ def test_records_may_have_different_keys():
     table = record_table("title", [{"load_cv": 1}, {"load_cv": 2, "other_key": "x"}], "here")
     assert table.columns == ["load CV", "other key"]
     assert [[cell.text for cell in row] for row in table.rows] == [["1", "-"], ["2", "x"]]
+
+
+def test_names_that_a_terminal_folds_are_whole():
+    folded = rich.table.Table("router", "99% at")
+    folded.add_row("attention-\nthreshold", "0.500")
+    assert [cell.text for cell in terminal_table(folded, "here", "learned").rows[0]] == ["attention-threshold", "0.500"]
