@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -50,6 +51,9 @@ class MixingConfig:
     else the first of `replays`, with every seed, and for the methods."""
     replays: tuple[tuple[float, float], ...] = ((0.5, 0.5),)
     """Shares of general text that is learned like any other."""
+    beside: bool = False
+    """Whether replay comes beside as many samples of the domain as without it, in a larger step; else in place of
+    some."""
     methods: tuple[Method, ...] = ("lora", "top_layers", "ia3", "norms")
     """Beside all weights."""
     seeds: tuple[int, ...] = (0, 1)
@@ -71,6 +75,8 @@ class Variant:
     """Share of the samples that are general text, at the first step and at the last."""
     distilled: bool = False
     """Whether that stays close to the start, or is learned like any other text."""
+    beside: bool = False
+    """Whether it comes beside as many samples of the domain as without it."""
     seed: int = 0
 
     @property
@@ -78,21 +84,30 @@ class Variant:
         """Of its file."""
         first, last = self.replay
         moving, how = f"-{last:g}" if last != first else "", "-distilled" if self.distilled else ""
-        return f"{self.method}-replay{first:g}{moving}{how}-seed{self.seed}"
+        place = "-beside" if self.beside else ""
+        return f"{self.method}-replay{first:g}{moving}{how}{place}-seed{self.seed}"
 
     @property
     def share(self) -> str:
         """Of general text, as the table shows it."""
         first, last = self.replay
-        return f"{first:.0%}" + (f" to {last:.0%}" if last != first else "") + (" distilled" if self.distilled else "")
+        how = (" distilled" if self.distilled else "") + (", beside" if self.beside else "")
+        return f"{first:.0%}" + (f" to {last:.0%}" if last != first else "") + how
+
+    def sequences(self, alone: int) -> int:
+        """Of a step, if the domain alone has `alone`."""
+        return round(alone / (1 - sum(self.replay) / 2)) if self.beside else alone
 
 
 def variants(config: MixingConfig) -> Iterator[Variant]:
     """All rows, what the claim hangs on first, and its other seeds last."""
     first = config.seeds[0]
-    tried = [Variant(replay=share, distilled=True, seed=first) for share in config.distilled]
-    tried += [Variant(replay=share, seed=first) for share in config.replays]
+    common: dict[str, Any] = {"beside": config.beside, "seed": first}
+    tried = [Variant(replay=share, distilled=True, **common) for share in config.distilled]
+    tried += [Variant(replay=share, **common) for share in config.replays]
     require(bool(tried), "replays or distilled must give a share, got none")
+    for row in tried:
+        require(sum(row.replay) < 2, f"replays and distilled must leave a share for the domain, got {row.replay}")
     yield from (Variant(seed=first), *tried)
     yield from (replace(tried[0], method=method) for method in config.methods)
     for seed in config.seeds[1:]:
@@ -104,7 +119,8 @@ def train_row(config: MixingConfig, start: MoETransformer, mixture: Mixture, fol
     first, last = variant.replay
     mixture = replace(mixture, first=(first, 1 - first), last=(last, 1 - last))
     distill = config.tuning.distill if variant.distilled else 0.0
-    tuning = replace(config.tuning, method=variant.method, distill=distill, seed=variant.seed)
+    sequences = variant.sequences(config.tuning.sequences)
+    tuning = replace(config.tuning, method=variant.method, distill=distill, sequences=sequences, seed=variant.seed)
     key, path = continual_key(mixture, start.sha256(), tuning), folder / f"{variant.name}.json"
     if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["key"] == [key, config.max_tokens]:
         return Outcome(**kept["outcome"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,3 +75,22 @@ def test_rows_follow_from_the_losses_and_are_trained_once(
 
     monkeypatch.setattr(Continual, "run", run)
     assert measure(config) == text
+
+
+def test_replay_beside_takes_no_sample_from_the_domain(config: MixingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of the domain alone has two samples; with half of general text beside them, four."""
+    sizes, original = [], Continual.run
+
+    def run(self: Continual, report: Any) -> Any:
+        sizes.append((self.mixture.first[0], self.tuning.sequences))
+        return original(self, report)
+
+    monkeypatch.setattr(Continual, "run", run)
+    text = measure(replace(config, beside=True, replays=((0.5, 0.5),), distilled=(), methods=()))
+    assert sorted(set(sizes)) == [(0.0, 2), (0.5, 4)]
+    assert "| full | 50%, beside | 0 |" in text
+
+
+def test_all_text_general_is_refused(config: MixingConfig) -> None:
+    with pytest.raises(ValueError, match="must leave a share for the domain"):
+        measure(replace(config, distilled=((1.0, 1.0),)))
