@@ -1,6 +1,6 @@
 """Continual training on a domain, with and without replay of what the backbone knows, by every method; one table.
 
-python -m benchmarks.mixing --domains books=PATH peps=PATH      # an hour and a half on half a core
+python -m benchmarks.mixing --domains books=PATH peps=PATH      # three hours on one core
 
 The general text is what the default backbone was trained on, the source of the Python standard library. Losses are of
 test documents; early stopping and the weights that are kept go by validation documents. Finished rows are kept in the
@@ -46,12 +46,12 @@ class MixingConfig:
     """Folder of finished rows and of the table, `mixing.md`."""
     general: str = ""
     """Path of what the backbone was trained on; nothing for the source of the Python standard library."""
-    distilled: tuple[tuple[float, float], ...] = ((0.3, 0.3),)
+    distilled: tuple[tuple[float, float], ...] = ((0.5, 0.5),)
     """Shares of general text, at the first step and at the last, that is distilled from the start; the first pair, or
     else the first of `replays`, with every seed, and for the methods."""
     replays: tuple[tuple[float, float], ...] = ((0.5, 0.5),)
     """Shares of general text that is learned like any other."""
-    beside: bool = False
+    beside: bool = True
     """Whether replay comes beside as many samples of the domain as without it, in a larger step; else in place of
     some."""
     methods: tuple[Method, ...] = ("lora", "top_layers", "ia3", "norms")
@@ -60,7 +60,7 @@ class MixingConfig:
     """Of the text drawn; the first alone for all but the domain alone and the first replay."""
     max_tokens: int = 32_768
     """Test tokens of each text."""
-    tuning: TuningConfig = TuningConfig(steps=150, distill=5.0)
+    tuning: TuningConfig = TuningConfig(steps=600, distill=2.0)
     """Its `distill` is for the distilled rows."""
     backbone: BackboneConfig = BackboneConfig()
     pretrain: PretrainConfig = PretrainConfig()
