@@ -34,6 +34,7 @@ def config(text_folder: Path, tmp_path: Path) -> MixingConfig:
         general=str(text_folder),
         replays=((0.5, 0.5), (0.1, 0.7)),
         distilled=((0.25, 0.25),),
+        beside=False,
         methods=("lora", "norms"),
         max_tokens=128,
         tuning=TuningConfig(steps=4, distill=1.0, eval_every=2, sequences=2),
