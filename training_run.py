@@ -43,7 +43,7 @@ logger = logging.getLogger("train_rl")
 
 Watch = Callable[["Run", dict[str, float]], object]
 ADAPTED = "backbone.safetensors"
-NATIVE_SHARE = 0.3
+NATIVE_SHARE = 0.5
 """Share of the sequences on which an adapted backbone is trained under native routing."""
 CALIBRATION_TOKENS, CALIBRATION_PRICES = 8192, 20
 

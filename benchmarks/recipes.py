@@ -85,8 +85,8 @@ GROUPS: dict[str, dict[str, Change]] = {
         "late, heads of a sequence": _pretrain(random_routing=0.5, random_from=LATE, random_units=("sequence_heads",)),
         "late, depth only": _pretrain(random_routing=0.5, random_from=LATE, random_units=("depth",)),
         "late, random experts": _pretrain(random_routing=0.5, random_from=LATE, random_units=("experts",)),
-        "longer, native": _adapt(600),
-        "longer, under the learned router": _adapt(600),
+        "longer, native": _adapt(1200),
+        "longer, under the learned router": _adapt(1200),
     },
 }
 CONTROL = "longer, native"
