@@ -46,7 +46,7 @@ class MixingConfig:
     """Folder of finished rows and of the table, `mixing.md`."""
     general: str = ""
     """Path of what the backbone was trained on; nothing for the source of the Python standard library."""
-    distilled: tuple[tuple[float, float], ...] = ((0.5, 0.5),)
+    distilled: tuple[tuple[float, float], ...] = ((0.4, 0.4),)
     """Shares of general text, at the first step and at the last, that is distilled from the start; the first pair, or
     else the first of `replays`, with every seed, and for the methods."""
     replays: tuple[tuple[float, float], ...] = ((0.5, 0.5),)
