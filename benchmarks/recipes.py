@@ -62,6 +62,8 @@ def _adapt(steps: int) -> Change:
 
 LATE = 2 / 3
 """Share of pretraining that passes before late random routing."""
+LONGER = 1200
+"""Steps that a backbone is trained on, under the router or natively: the same, since one is held against the other."""
 GROUPS: dict[str, dict[str, Change]] = {
     "router": {
         REFERENCE: lambda config: config,
@@ -85,8 +87,8 @@ GROUPS: dict[str, dict[str, Change]] = {
         "late, heads of a sequence": _pretrain(random_routing=0.5, random_from=LATE, random_units=("sequence_heads",)),
         "late, depth only": _pretrain(random_routing=0.5, random_from=LATE, random_units=("depth",)),
         "late, random experts": _pretrain(random_routing=0.5, random_from=LATE, random_units=("experts",)),
-        "longer, native": _adapt(1200),
-        "longer, under the learned router": _adapt(1200),
+        "longer, native": _adapt(LONGER),
+        "longer, under the learned router": _adapt(LONGER),
     },
 }
 CONTROL = "longer, native"
