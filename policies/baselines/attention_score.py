@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_backbone import ranks
 from moe_backbone.checks import require, require_at_least, require_fraction
 from moe_backbone.quality import token_divergence
 from moe_backbone.sites import Backbone, NativeRouter, SiteView, best_units
@@ -149,14 +150,16 @@ def fit_unit_keys(backbone: Backbone, tokens: Tensor, targets: Tensor, *, heads:
     cache.follow(NativeRouter())
     native = cache.logits(NativeRouter(), len(backbone.sites))
     keys = {}
-    for index, site in enumerate(backbone.sites):
-        view = cache.view(index)
+    own = [index for index, site in enumerate(backbone.sites) if heads or site.kind == "experts"]
+    for index in ranks.bar(own, desc="keys of units", unit="site"):
+        site, view = backbone.sites[index], cache.view(index)
         if site.kind == "experts":
-            keys[index] = UnitKeys.fit(view.features, view.scores.exp() * NativeRouter().select(view))
-        elif heads:
+            weights = view.scores.exp() * NativeRouter().select(view)
+        else:
             without = [cache.logits(router, index) for router in one_off_routers(site, index)]
             losses = [token_divergence(native, logits, targets).flatten() for logits in without]
-            keys[index] = UnitKeys.fit(view.features, torch.stack(losses, dim=1).clamp_min(0))
+            weights = torch.stack(losses, dim=1).clamp_min(0)
+        keys[index] = UnitKeys.fit(view.features, weights)
     return keys
 
 
