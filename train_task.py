@@ -46,8 +46,8 @@ class TaskConfig:
     """Go on from the backbone of this folder instead; `corpus`, `backbone` and `pretrain` are not used then."""
     seq_len: int = 256
     """Tokens of a window."""
-    lookahead: int | None = None
-    """Words that are read behind a word before its tag is asked for; 1 if not given. Tagging only."""
+    lookahead: int = 0
+    """Words that are read behind a word before its tag is asked for. Tagging only."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto` for CUDA where there is one."""
     backbone: BackboneConfig = BackboneConfig(seq_len=256)

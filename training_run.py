@@ -43,7 +43,7 @@ logger = logging.getLogger("train_rl")
 
 Watch = Callable[["Run", dict[str, float]], object]
 ADAPTED = "backbone.safetensors"
-NATIVE_SHARE = 0.5
+NATIVE_SHARE = 0.6
 """Share of the sequences on which an adapted backbone is trained under native routing."""
 CALIBRATION_TOKENS, CALIBRATION_PRICES = 8192, 20
 
@@ -87,7 +87,7 @@ def load_own_task(path: Path, backbone_dir: Path, seq_len: int) -> TaskCorpus:
         ValueError: If it cannot be read, or is another one.
     """
     about = read_about(backbone_dir).get("task", {})
-    task = load_task(path, seq_len=seq_len, lookahead=about.get("lookahead"))
+    task = load_task(path, seq_len=seq_len, lookahead=about.get("lookahead", 0))
     rule = f"task must be the one that train_task.py trained {backbone_dir} on ({about.get('name', 'none')})"
     require(task.sha256 == about.get("sha256"), f"{rule}, got {path}")
     return task

@@ -34,12 +34,29 @@ from training_config import PPOConfig, TrainConfig
 
 logger = logging.getLogger("benchmarks.tasks")
 
-TASKS = {
-    "banking77": ("banking77", TuningConfig(steps=4500, learning_rate=2e-3)),
-    "wikigold": ("ner_wikigold/wikigold.conll.txt", TuningConfig(steps=2000, learning_rate=1.5e-3)),
-    "sec-filings": ("ner_sec_filings", TuningConfig(steps=2000, learning_rate=1.5e-3)),
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a backbone is trained on a task."""
+
+    place: str
+    """Where the task lies in the data folder."""
+    tuning: TuningConfig
+    pretrain_steps: int = 1500
+    start: str | None = None
+    """Task whose backbone it goes on from; None for the pretrained one."""
+
+
+NAMES = TuningConfig(steps=1200, learning_rate=1.5e-3, text_weight=0.1, hidden_words=0.1)
+PLANS = {
+    "banking77": Plan(place="banking77", tuning=TuningConfig(steps=4500, learning_rate=2e-3)),
+    "wikigold": Plan(place="ner_wikigold/wikigold.conll.txt", tuning=NAMES, pretrain_steps=4000),
+    "sec-filings": Plan(
+        place="ner_sec_filings",
+        tuning=TuningConfig(steps=900, eval_every=900, learning_rate=1.5e-3, text_weight=0.3, hidden_words=0.2),
+        start="wikigold",
+    ),
 }
-"""Where each lies in the data folder, and how a backbone is trained on it."""
 ROUTER = TrainConfig(
     total_timesteps=320_000,
     eval_times=0,
@@ -61,31 +78,42 @@ class TasksConfig:
     """Text that the backbone is pretrained on."""
     output: Path = Path("runs/tasks")
     """Folder for backbones, routers and the table."""
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: tuple[str, ...] = tuple(PLANS)
     """Names of the tasks to run."""
     tuning_steps: int | None = None
     """Steps of training on each task instead of its own number; None for that."""
 
     def __post_init__(self) -> None:
-        unknown = set(self.tasks) - set(TASKS)
-        require(not unknown, f"tasks must be some of {', '.join(TASKS)}, got {', '.join(sorted(unknown))}")
+        unknown = set(self.tasks) - set(PLANS)
+        require(not unknown, f"tasks must be some of {', '.join(PLANS)}, got {', '.join(sorted(unknown))}")
+
+
+def trained(name: str, config: TasksConfig) -> Path:
+    """Folder of a task's backbone; made first, and the one that it goes on from, if it is not there."""
+    plan, folder = PLANS[name], config.output / name / "backbone"
+    if not (folder / DESCRIPTION).exists():
+        steps = plan.tuning.steps if config.tuning_steps is None else config.tuning_steps
+        train_task.run(
+            train_task.TaskConfig(
+                task=config.data / plan.place,
+                output=folder,
+                corpus=config.corpus,
+                backbone_dir=None if plan.start is None else trained(plan.start, config),
+                pretrain=PretrainConfig(sequences=8, steps=plan.pretrain_steps),
+                tuning=replace(plan.tuning, steps=steps),
+            )
+        )
+    return folder
 
 
 def finish(name: str, config: TasksConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a task's backbone and its router scored: `about` and `evaluation.json`; made first if they are not there."""
-    place, tuning = TASKS[name]
-    backbone, run = config.output / name / "backbone", config.output / name / "router"
-    task = config.data / place
-    if config.tuning_steps is not None:
-        tuning = replace(tuning, steps=config.tuning_steps)
-    if not (backbone / DESCRIPTION).exists():
-        pretrain = PretrainConfig(sequences=8, steps=1500)
-        train_task.run(
-            train_task.TaskConfig(task=task, output=backbone, corpus=config.corpus, pretrain=pretrain, tuning=tuning)
-        )
+    backbone, run = trained(name, config), config.output / name / "router"
     if not (run / "evaluation.json").exists():
         resume = run if (run / "config.json").exists() else None
-        train_rl.run(replace(ROUTER, backbone_dir=backbone, task=task, run_dir=run, resume=resume))
+        train_rl.run(
+            replace(ROUTER, backbone_dir=backbone, task=config.data / PLANS[name].place, run_dir=run, resume=resume)
+        )
     return read_about(backbone), load_evaluation(run / "evaluation.json")
 
 

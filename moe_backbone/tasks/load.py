@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_backbone.checks import require
-from moe_backbone.corpus import FEW_DOCUMENTS, Corpus
+from moe_backbone.corpus import Corpus
 from moe_backbone.tasks.readers import Example, read_conll, read_csv
 from moe_backbone.tasks.split import LabelBytes, encode
 
@@ -25,6 +25,8 @@ SUFFIXES = (".csv", ".conll", ".txt")
 VALIDATION_SHARE, TEST_SHARE = 0.1, 0.2
 """Of what there is, where the files themselves hold nothing out."""
 SPLIT_SEED = 0
+WHOLE_DOCUMENTS = 3
+"""From so many on, whole ones are held out, however large: names come again within a document, not in the next one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +51,18 @@ class TaskCorpus(Corpus):
         return "token tagging" if self.tagging else "text classification"
 
 
-def load_task(path: Path, *, seq_len: int = 256, lookahead: int | None = None) -> TaskCorpus:
+def load_task(path: Path, *, seq_len: int = 256, lookahead: int = 0) -> TaskCorpus:
     """Read a task.
 
     A folder holds `train*` and may hold `valid*` or `dev*` and `test*`, each `.csv` to classify texts or `.conll` or
     `.txt` to tag words. What it does not hold out is held out of the training file, or of the one file that is named:
-    documents drawn with a fixed seed, or the last sentences of each where there are few documents.
+    documents drawn with a fixed seed, or of one or two documents the last sentences of each.
 
     Args:
         path: Folder or file.
         seq_len: Tokens of a window; what is longer is cut, which the log says.
-        lookahead: Words that are read behind a word before its label is asked for; None for 1 in tagging. A text to
-            classify is always read to its end.
+        lookahead: Words that are read behind a word before its label is asked for. A text to classify is
+            read to its end without.
 
     Raises:
         ValueError: If a file or a row of it cannot be used, or a part is empty.
@@ -71,8 +73,8 @@ def load_task(path: Path, *, seq_len: int = 256, lookahead: int | None = None) -
     parts = _held_out({part: read(file) for part, file in files.items()})
     for part in PARTS:
         require(bool(parts.get(part)), f"task must hold examples to {part}, got none in {path}")
-    lookahead = (1 if lookahead is None else lookahead) if tagging else 0
     require(0 <= lookahead < seq_len // 2, f"lookahead must lie in [0, seq_len / 2), got {lookahead}")
+    lookahead = lookahead if tagging else 0
     everything = [example for part in PARTS for example in parts[part]]
     labels = LabelBytes.choose(
         [label for example in everything for label in example.labels],
@@ -138,9 +140,9 @@ def _held_out(parts: dict[str, list[Example]]) -> dict[str, list[Example]]:
 
 
 def _cut(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
-    """What stays and what is held out, about `share` of it, by whole documents if there are enough."""
+    """What stays and what is held out, about `share` of it, by whole documents where there are `WHOLE_DOCUMENTS`."""
     documents = sorted({example.document for example in examples})
-    if len(documents) < FEW_DOCUMENTS:
+    if len(documents) < WHOLE_DOCUMENTS:
         kept, out = list[Example](), list[Example]()
         for document in documents:
             own = [example for example in examples if example.document == document]

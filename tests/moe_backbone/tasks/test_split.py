@@ -96,6 +96,19 @@ def test_parts_share_no_document(tags_file: Path) -> None:
     assert sum(len(examples) for examples in task.examples.values()) == 24
 
 
+@pytest.mark.parametrize(("count", "whole"), [(2, False), (3, True), (5, True)])
+def test_of_few_documents_whole_ones_are_held_out(tmp_path: Path, count: int, whole: bool) -> None:
+    """From three on; of two the last sentences of each."""
+    sentence = "word O\nplace I-LOC\n\n"
+    for part, documents in (("train", count), ("test", 1)):
+        (tmp_path / f"{part}.conll").write_text(f"-DOCSTART- O\n\n{10 * sentence}" * documents, encoding="utf-8")
+    task = load_task(tmp_path, seq_len=64)
+    kept, held = ({one.document for one in task.examples[part]} for part in ("train", "validation"))
+    assert kept | held == set(range(count))
+    assert kept.isdisjoint(held) == whole
+    assert len(task.examples["validation"]) == (10 if whole else count)
+
+
 def test_a_folder_names_its_parts(tmp_path: Path) -> None:
     """Files by the beginnings of their names; what is not there is held out of training."""
     for name, count in (("train.csv", 50), ("test_a.csv", 7)):
