@@ -43,18 +43,18 @@ class Plan:
     """Where the task lies in the data folder."""
     tuning: TuningConfig
     pretrain_steps: int = 1500
-    start: str | None = None
-    """Task whose backbone it goes on from; None for the pretrained one."""
 
 
-NAMES = TuningConfig(steps=1200, learning_rate=1.5e-3, text_weight=0.1, hidden_words=0.1)
 PLANS = {
     "banking77": Plan(place="banking77", tuning=TuningConfig(steps=4500, learning_rate=2e-3)),
-    "wikigold": Plan(place="ner_wikigold/wikigold.conll.txt", tuning=NAMES, pretrain_steps=4000),
+    "wikigold": Plan(
+        place="ner_wikigold/wikigold.conll.txt",
+        tuning=TuningConfig(steps=1200, learning_rate=1.5e-3, text_weight=0.1, hidden_words=0.1),
+        pretrain_steps=4000,
+    ),
     "sec-filings": Plan(
         place="ner_sec_filings",
-        tuning=TuningConfig(steps=900, eval_every=900, learning_rate=1.5e-3, text_weight=0.3, hidden_words=0.2),
-        start="wikigold",
+        tuning=TuningConfig(steps=400, eval_every=400, learning_rate=1e-3, text_weight=0.3, hidden_words=0.15),
     ),
 }
 ROUTER = TrainConfig(
@@ -88,32 +88,21 @@ class TasksConfig:
         require(not unknown, f"tasks must be some of {', '.join(PLANS)}, got {', '.join(sorted(unknown))}")
 
 
-def trained(name: str, config: TasksConfig) -> Path:
-    """Folder of a task's backbone; made first, and the one that it goes on from, if it is not there."""
-    plan, folder = PLANS[name], config.output / name / "backbone"
-    if not (folder / DESCRIPTION).exists():
-        steps = plan.tuning.steps if config.tuning_steps is None else config.tuning_steps
-        train_task.run(
-            train_task.TaskConfig(
-                task=config.data / plan.place,
-                output=folder,
-                corpus=config.corpus,
-                backbone_dir=None if plan.start is None else trained(plan.start, config),
-                pretrain=PretrainConfig(sequences=8, steps=plan.pretrain_steps),
-                tuning=replace(plan.tuning, steps=steps),
-            )
-        )
-    return folder
-
-
 def finish(name: str, config: TasksConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a task's backbone and its router scored: `about` and `evaluation.json`; made first if they are not there."""
-    backbone, run = trained(name, config), config.output / name / "router"
+    plan, tuning = PLANS[name], PLANS[name].tuning
+    backbone, run = config.output / name / "backbone", config.output / name / "router"
+    task = config.data / plan.place
+    if config.tuning_steps is not None:
+        tuning = replace(tuning, steps=config.tuning_steps)
+    if not (backbone / DESCRIPTION).exists():
+        pretrain = PretrainConfig(sequences=8, steps=plan.pretrain_steps)
+        train_task.run(
+            train_task.TaskConfig(task=task, output=backbone, corpus=config.corpus, pretrain=pretrain, tuning=tuning)
+        )
     if not (run / "evaluation.json").exists():
         resume = run if (run / "config.json").exists() else None
-        train_rl.run(
-            replace(ROUTER, backbone_dir=backbone, task=config.data / PLANS[name].place, run_dir=run, resume=resume)
-        )
+        train_rl.run(replace(ROUTER, backbone_dir=backbone, task=task, run_dir=run, resume=resume))
     return read_about(backbone), load_evaluation(run / "evaluation.json")
 
 
