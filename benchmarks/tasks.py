@@ -1,6 +1,6 @@
 """Tasks beyond the next byte: backbones, simpler answers, and routers' trade-offs on three of them; one table.
 
-python -m benchmarks.tasks DATA --corpus TEXT        # two hours on one CPU core; a stopped run goes on
+python -m benchmarks.tasks DATA --corpus TEXT        # two and a half hours on one CPU core; a stopped run goes on
 
 DATA holds the folders banking77, ner_wikigold and ner_sec_filings. Each task's backbone, router and report stay in
 `output`, where the next call finds what is finished.
