@@ -90,9 +90,9 @@ class TasksConfig:
 
 def finish(name: str, config: TasksConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a task's backbone and its router scored: `about` and `evaluation.json`; made first if they are not there."""
-    plan, tuning = PLANS[name], PLANS[name].tuning
+    plan = PLANS[name]
     backbone, run = config.output / name / "backbone", config.output / name / "router"
-    task = config.data / plan.place
+    task, tuning = config.data / plan.place, plan.tuning
     if config.tuning_steps is not None:
         tuning = replace(tuning, steps=config.tuning_steps)
     if not (backbone / DESCRIPTION).exists():

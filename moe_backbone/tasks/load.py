@@ -61,8 +61,7 @@ def load_task(path: Path, *, seq_len: int = 256, lookahead: int = 0) -> TaskCorp
     Args:
         path: Folder or file.
         seq_len: Tokens of a window; what is longer is cut, which the log says.
-        lookahead: Words that are read behind a word before its label is asked for. A text to classify is
-            read to its end without.
+        lookahead: Words that are read behind a word before its label is asked for; tagging only.
 
     Raises:
         ValueError: If a file or a row of it cannot be used, or a part is empty.
